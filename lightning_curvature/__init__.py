@@ -1,0 +1,27 @@
+"""Curvature-aware training for PyTorch Lightning, without a change to your LightningModule.
+
+Importing the package registers the strategies 'single_device_curvature' and 'ddp_curvature'.
+"""
+
+from lightning_curvature.__about__ import __version__
+from lightning_curvature.callbacks import CurvatureCallback, CurvatureMonitor
+from lightning_curvature.optim import SGDQLR, AdamQLR, CurvatureOptimizer
+from lightning_curvature.oracle import declare_loss, in_extra_pass
+from lightning_curvature.registry import OptimizerInfo, get_optimizer_info, list_optimizers
+from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCurvatureStrategy
+
+__all__ = [
+    "SGDQLR",
+    "AdamQLR",
+    "CurvatureCallback",
+    "CurvatureMonitor",
+    "CurvatureOptimizer",
+    "DDPCurvatureStrategy",
+    "OptimizerInfo",
+    "SingleDeviceCurvatureStrategy",
+    "__version__",
+    "declare_loss",
+    "get_optimizer_info",
+    "in_extra_pass",
+    "list_optimizers",
+]

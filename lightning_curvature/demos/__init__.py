@@ -1,0 +1,5 @@
+"""Small modules and data modules used by recipes, examples and tests."""
+
+from lightning_curvature.demos.digits import DigitsClassifier, DigitsDataModule
+
+__all__ = ["DigitsClassifier", "DigitsDataModule"]

@@ -1,0 +1,317 @@
+"""CurvatureOptimizer: a `torch.optim.Optimizer` that may ask its loss more than a gradient."""
+
+import copy
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
+from lightning_curvature.oracle.plain import ModelOracle
+from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.window import DirectionalMethod
+
+__all__ = ["CurvatureOptimizer"]
+
+STATE_KEY = "curvature"
+STATE_VERSION = 1
+
+
+class CurvatureOptimizer(Optimizer, ABC):
+    """Base of all optimizers that use an `Oracle`.
+
+    A subclass implements `_update`, says in ``asks`` what it asks, and says in `wants_record` on
+    which steps. Whoever attaches an oracle checks before the first batch that it can answer.
+
+    Args:
+        params: Parameters or parameter groups, as for every torch optimizer.
+        defaults: Hyper-parameters. Those named by `shared` are one value for all groups.
+
+    Attributes:
+        oracle: The attached oracle, None before `attach`.
+        stats: What the last step measured: 0-dim tensors on the parameters' device. Reading one
+            waits for the device.
+    """
+
+    asks: ClassVar[frozenset[str]] = frozenset()
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        # Instance attributes on purpose: Lightning's wrapper is a subclass whose class attributes
+        # would shadow them.
+        self.oracle: Oracle | None = None
+        self.stats: dict[str, Tensor] = {}
+        self._steps_done = 0
+        self._scalars: dict[str, Tensor] = {}
+        super().__init__(params, defaults)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that are one value for all groups."""
+        return ()
+
+    # Attaching
+
+    def attach(self, oracle: Oracle) -> None:
+        """Give the optimizer the oracle it will ask.
+
+        Args:
+            oracle: Oracle over the parameters of this optimizer.
+
+        Raises:
+            MissingCapabilityError: If the oracle cannot answer what this optimizer asks.
+        """
+        missing = self.asks - oracle.capabilities
+        if missing:
+            raise MissingCapabilityError(
+                f"{type(self).__name__} asks for {sorted(missing)}, which "
+                f"{type(oracle).__name__} cannot answer; it offers {sorted(oracle.capabilities)}."
+            )
+        self.detach()
+        self.oracle = oracle
+
+    def detach(self) -> None:
+        """Remove the oracle and what it installed."""
+        if self.oracle is not None:
+            self.oracle.close()
+            self.oracle = None
+
+    def attach_model(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        *,
+        directional: DirectionalMethod = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Callable[..., Tensor]:
+        """Prepare an ordinary PyTorch loop; use the returned function in place of ``loss_fn``.
+
+        Args:
+            model: Model that holds all parameters of this optimizer.
+            loss_fn: Called as ``loss_fn(model_output, *targets)``, returns a scalar.
+            directional: How directional curvature is computed: "fd", "jvp" or "auto".
+            grad_scaler: The scaler, if the loop uses one.
+
+        Returns:
+            A function with the arguments and the result of ``loss_fn`` that also records the batch.
+
+        Raises:
+            ValueError: If some parameters of this optimizer are not in ``model``.
+
+        Example:
+            >>> import torch
+            >>> from lightning_curvature import AdamQLR
+            >>> model = torch.nn.Linear(3, 2)
+            >>> optimizer = AdamQLR(model.parameters())
+            >>> criterion = optimizer.attach_model(model, torch.nn.CrossEntropyLoss())
+            >>> loss = criterion(model(torch.randn(8, 3)), torch.randint(2, (8,)))
+            >>> loss.backward()
+            >>> optimizer.step()
+        """
+        oracle = ModelOracle(
+            self._all_params(),
+            model,
+            loss_fn,
+            wanted=self.wants_record,
+            directional=directional,
+            grad_scaler=grad_scaler,
+        )
+        self.attach(oracle)
+        return oracle.criterion
+
+    def wants_record(self) -> bool:
+        """Tell whether the coming step will ask its oracle anything; costs nothing."""
+        return bool(self.asks)
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _oracle_for(self, closure: Callable[[], Any] | None) -> Oracle:
+        """Return the attached oracle, or make one from a bare closure."""
+        name = type(self).__name__
+        if self.oracle is None:
+            if closure is None or _is_from_trainer(closure):
+                raise MissingCapabilityError(
+                    f"{name} has no curvature oracle. Use strategy='ddp_curvature' / "
+                    "'single_device_curvature', or add CurvatureCallback() to "
+                    "Trainer(callbacks=...), or call optimizer.attach_model(model, loss_fn) in a "
+                    "plain loop. (Learning-rate finder runs drop callbacks: use the strategy.)"
+                )
+            self.attach(ClosureOracle(self._all_params()))
+            warn_bare_closure(name)
+        oracle = self.oracle
+        assert oracle is not None
+        if type(oracle) is ClosureOracle and closure is None:
+            raise MissingCapabilityError(
+                f"{name} evaluates the loss again, which manual optimization cannot do without a "
+                f"closure. Call optimizer.step(closure), where closure() zeroes the gradients, "
+                "computes the loss, runs backward and returns the loss."
+            )
+        return oracle
+
+    # Stepping
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Take one optimization step.
+
+        Args:
+            closure: Computes the loss and its gradient, and is called exactly once. None if that
+                has happened already.
+
+        Returns:
+            What the closure returned.
+
+        Raises:
+            MissingCapabilityError: If nothing can answer what this optimizer asks.
+        """
+        if not self.asks:
+            return self._step(None, closure)
+        oracle = self._oracle_for(closure)
+        try:
+            return self._step(oracle, closure)
+        finally:
+            oracle.clear()
+
+    def _step(self, oracle: Oracle | None, closure: Callable[[], Any] | None) -> Any:
+        asked = oracle is not None and self.wants_record()
+        result = None
+        if closure is not None:
+            with torch.enable_grad():
+                result = closure() if oracle is None else oracle.evaluate(closure)
+        params = [p for p in self._all_params() if p.grad is not None]
+        # Without gradients, or without the loss they belong to, there is nothing to step on:
+        # training_step returned None, or a callback skipped the backward.
+        if params and not (asked and oracle is not None and not oracle.ready):
+            if any(p.grad is not None and p.grad.is_sparse for p in params):
+                raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
+            if oracle is not None:
+                oracle.select(params)
+            self._update(params, oracle)
+            self._steps_done += 1
+        return result
+
+    @abstractmethod
+    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
+        """Change the parameters that have a gradient.
+
+        Args:
+            params: All parameters with a gradient, in the order of the groups.
+            oracle: The oracle, None if this optimizer asks nothing.
+        """
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Args:
+            param_group: As for every torch optimizer.
+
+        Raises:
+            ValueError: If the group differs from the others in a hyper-parameter that all share.
+            TypeError: If a parameter is complex.
+        """
+        given = dict(param_group)
+        super().add_param_group(param_group)
+        new, first = self.param_groups[-1], self.param_groups[0]
+        complex_ones = [p for p in new["params"] if p.is_complex()]
+        if complex_ones:
+            self.param_groups.pop()
+            raise TypeError(f"{type(self).__name__} does not support complex parameters.")
+        for name in self.shared if new is not first else ():
+            if name in given and given[name] != first[name]:
+                self.param_groups.pop()
+                raise ValueError(
+                    f"Invalid {name}={given[name]!r} in a parameter group: it is one value for all "
+                    f"groups, here {first[name]!r}. Leave it out of the group."
+                )
+            new[name] = first[name]
+
+    # State
+
+    def _curvature_state(self) -> dict[str, Any]:
+        return {
+            "version": STATE_VERSION,
+            "optimizer": type(self).__name__,
+            "steps_done": self._steps_done,
+            "scalars": dict(self._scalars),
+        }
+
+    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+        device = self._all_params()[0].device
+        self._steps_done = int(state["steps_done"])
+        self._scalars = {name: value.to(device) for name, value in state["scalars"].items()}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the whole state: torch's layout and one more key with the curvature's state."""
+        state = super().state_dict()
+        state[STATE_KEY] = self._curvature_state()
+        return state
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; dtypes are kept and tensors move to the parameters' device.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the state belongs to another optimizer or a newer version; the present
+                state is then left as it was.
+        """
+        name = type(self).__name__
+        extra = state_dict.get(STATE_KEY)
+        if not isinstance(extra, dict) or extra.get("optimizer") != name:
+            found = "a plain torch optimizer" if extra is None else repr(extra.get("optimizer"))
+            raise ValueError(f"Cannot load the state of {found} into {name}.")
+        if extra["version"] > STATE_VERSION:
+            raise ValueError(
+                f"Cannot load version {extra['version']} of the state of {name}: this release "
+                f"knows versions up to {STATE_VERSION}. Update lightning-curvature."
+            )
+        super().load_state_dict(state_dict)
+        # torch casts state to the dtype of its parameter; statistics keep their own.
+        saved_groups = state_dict["param_groups"]
+        saved_ids = [i for group in saved_groups for i in group["params"]]
+        for index, p in zip(saved_ids, self._all_params(), strict=True):
+            for key, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][key] = value.to(device=p.device)
+        device = self._all_params()[0].device
+        for group in self.param_groups:
+            for key, value in group.items():
+                if isinstance(value, Tensor):
+                    group[key] = value.to(device)
+        for key in self.shared:
+            for group in self.param_groups[1:]:
+                group[key] = self.param_groups[0][key]
+        self._load_curvature_state(copy.deepcopy(extra))
+        self.stats = {}
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return what a pickle or deep copy holds: everything but the oracle."""
+        return {**super().__getstate__(), STATE_KEY: self._curvature_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or deep copy; it has to be attached anew."""
+        state = dict(state)
+        extra = state.pop(STATE_KEY, None)
+        super().__setstate__(state)
+        self.__dict__.setdefault("oracle", None)
+        self.__dict__.setdefault("stats", {})
+        self.__dict__.setdefault("_steps_done", 0)
+        self.__dict__.setdefault("_scalars", {})
+        if extra is not None:
+            self._load_curvature_state(extra)
+
+
+def _is_from_trainer(closure: Callable[[], Any]) -> bool:
+    """Tell whether a closure is that of Lightning's automatic optimization (not its manual one)."""
+    inner = getattr(closure, "args", (closure,))[-1:]
+    return any(
+        type(part).__module__.split(".")[0] in ("lightning", "pytorch_lightning")
+        and type(part).__name__ == "Closure"
+        for part in inner
+    )

@@ -1,0 +1,474 @@
+r"""The learning rate that minimizes a quadratic model along a given direction.
+
+Ross M. Clarke and Jose Miguel Hernandez-Lobato, "Studying K-FAC Heuristics by Viewing Adam through
+a Second-Order Lens", ICML 2024, arXiv:2310.14963. This file holds what AdamQLR and SGDQLR share:
+everything but the direction.
+
+Where it differs from the official code, by default (each has a switch back):
+
+- the step length is capped (``max_lr``): the softmax Fisher vanishes when predictions saturate,
+  also wrong ones, and the derived step then explodes;
+- the predicted change belongs to the step that was taken, with learning-rate schedule and clipping
+  (``quad_model="taken"``; the official one ignores both and then mistrusts a good model);
+- weight decay scales with the learning rate as in AdamW and is applied after the reduction ratio
+  was measured (``decoupled_weight_decay``);
+- squared errors of several outputs are averaged in the curvature as they are in the loss
+  (``official_regression_scaling``);
+- a curvature that is not positive is replaced by its magnitude (``curvature_guard``);
+- gradient, curvature and new loss see the same dropout masks.
+"""
+
+import math
+import warnings
+from abc import abstractmethod
+from typing import Any, ClassVar, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_curvature import vectors
+from lightning_curvature.checks import (
+    check_choice,
+    check_in_range,
+    check_interval,
+    check_positive,
+)
+from lightning_curvature.curvature.damping import accept_or_raise, clamp, levenberg_marquardt
+from lightning_curvature.curvature.quadratic import model_change, reduction_ratio, step_length
+from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.oracle.protocol import Oracle
+
+__all__ = ["DampingAlgorithm", "QLROptimizer"]
+
+DampingAlgorithm = Literal["levenberg-marquardt", "decreasing-loss", "fixed"]
+
+_OWN_PER_GROUP = ("params", "lr", "weight_decay")
+
+
+class QLROptimizer(CurvatureOptimizer):
+    """Base of the optimizers that derive their learning rate from a quadratic model.
+
+    A subclass gives a direction d that points uphill; theta moves to theta - lr * alpha * d with
+
+        alpha = <g, d> / (d^T C d + damping * |d|^2).
+
+    Hyper-parameters other than ``lr`` and ``weight_decay`` are one value for all groups. Groups
+    with different ``lr`` scale their part of d in proportion, and the quadratic model knows.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Hyper-parameters, as in `AdamQLR`.
+    """
+
+    asks: ClassVar[frozenset[str]] = frozenset({"loss", "directional"})
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        _check_arguments(defaults)
+        self._warned_skips = False
+        damping = float(defaults["damping"])
+        super().__init__(params, {**defaults, "damping": torch.tensor(damping)})
+        self.damping = damping
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that are one value for all groups."""
+        return tuple(name for name in self.defaults if name not in _OWN_PER_GROUP)
+
+    @property
+    def damping(self) -> float:
+        """Present damping; reading it waits for the device."""
+        return float(self.param_groups[0]["damping"])
+
+    @damping.setter
+    def damping(self, value: float | Tensor) -> None:
+        for group in self.param_groups:
+            group["damping"] = self._as_scalar(value)
+
+    def _as_scalar(self, value: float | Tensor) -> Tensor:
+        """Return a number as a 0-dim tensor where the parameters are, in their precision."""
+        params = self._all_params()
+        dtype = vectors.scalar_dtype(params)
+        return torch.as_tensor(value, dtype=dtype, device=params[0].device)
+
+    def _scalar(self, name: str) -> Tensor:
+        """Return a number of the state, 0 if it is not there yet."""
+        return self._as_scalar(self._scalars.get(name, 0.0))
+
+    def wants_record(self) -> bool:
+        """Tell whether the coming step needs curvature or a new loss."""
+        return self._curvature_due() or self._damping_due()
+
+    def _curvature_due(self) -> bool:
+        return self._steps_done % int(self.param_groups[0]["curvature_update_interval"]) == 0
+
+    def _damping_due(self) -> bool:
+        # In phase with the curvature, so that the ratio judges a fresh model where possible.
+        group = self.param_groups[0]
+        interval = int(group["damping_update_interval"])
+        return group["damping_algorithm"] != "fixed" and self._steps_done % interval == 0
+
+    # One step
+
+    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
+        assert oracle is not None
+        group = self.param_groups[0]
+        damping = self._as_scalar(group["damping"])
+        rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
+        backup = self._backup(params) if rejects else None
+
+        gradient = self._gradient(params, group)
+        old_moments = self._old_second_moments(params, group)
+        direction = self._direction(params, gradient.values, gradient.finite)
+        if group["direction_clip"] is not None:
+            torch._foreach_clamp_min_(direction, -group["direction_clip"])
+            torch._foreach_clamp_max_(direction, group["direction_clip"])
+        top_lr = self._scale_by_group_lr(params, direction)
+        squared = vectors.dot(direction, direction)
+        old_form = None if old_moments is None else _diagonal_form(direction, old_moments)
+        curvature, slope = self._curvature(oracle, direction, squared, gradient, group)
+        alpha, kappa, found = self._step_length(slope, curvature, damping * squared, group)
+        found = found | (squared == 0)  # nothing to descend is not a failure
+        usable = gradient.finite & found
+        alpha = torch.where(usable, alpha, torch.zeros_like(alpha))
+
+        length, change = self._apply(params, direction, alpha, top_lr, squared, group)
+        stats = {
+            "step_length": alpha,
+            "lr": length,
+            "slope": slope,
+            "curvature": curvature,
+            "grad_norm": gradient.norm,
+            "update_norm": length.abs() * squared.sqrt(),
+        }
+        raised = self._clamped(damping * group["damping_increase_factor"], group)
+        kept = usable
+        if self._damping_due():
+            if old_form is not None:
+                kappa = damping * squared + old_form
+            predicted = model_change(
+                length if group["quad_model"] == "taken" else alpha, slope, kappa
+            )
+            damping, kept = self._adapt(
+                params, oracle, damping, predicted, change, backup, group, stats
+            )
+        if group["decoupled_weight_decay"]:
+            self._decay(torch.where(kept, length, torch.zeros_like(length)), top_lr)
+        if group["damping_algorithm"] != "fixed":
+            self.damping = torch.where(gradient.finite & ~found, raised, damping)
+        self._count(usable)
+        if oracle.ready:
+            stats["loss"] = oracle.base_loss()
+        stats["damping"] = self.param_groups[0]["damping"]
+        stats["skipped_steps"] = self._scalars["skipped_steps"]
+        self.stats = {**self.stats, **stats}
+
+    @abstractmethod
+    def _direction(self, params: list[Tensor], grads: list[Tensor], usable: Tensor) -> list[Tensor]:
+        """Return a new direction that points uphill, and update its state where ``usable``.
+
+        Args:
+            params: Parameters with a gradient.
+            grads: Their gradients, zero if not ``usable``.
+            usable: Boolean 0-dim tensor: whether the gradient is finite.
+        """
+
+    def _gradient(self, params: list[Tensor], group: dict[str, Any]) -> "_Gradient":
+        """Return the gradient to use; it is zero if it was not finite."""
+        grads = [p.grad for p in params if p.grad is not None]
+        squared = vectors.dot(grads, grads)
+        norm, finite = squared.sqrt(), torch.isfinite(squared)
+        for grad in grads:
+            # In place: zeros replace a gradient that must not be used, nothing else changes.
+            grad.masked_fill_(~finite, 0.0)
+        factor = _clip_factor(norm, group["grad_clip_norm"])
+        if group["maximize"]:
+            factor = -factor
+        if group["maximize"] or group["grad_clip_norm"] is not None:
+            grads = list(torch._foreach_mul(grads, factor))
+        return _Gradient(grads, norm, finite, factor)
+
+    def _scale_by_group_lr(self, params: list[Tensor], direction: list[Tensor]) -> float:
+        """Make the direction proportional to the groups' ``lr`` and return the largest."""
+        rates = [float(group["lr"]) for group in self.param_groups]
+        top = max(rates)
+        if top > 0 and any(rate != top for rate in rates):
+            relative = {
+                id(p): rate / top
+                for group, rate in zip(self.param_groups, rates, strict=True)
+                for p in group["params"]
+            }
+            for p, d in zip(params, direction, strict=True):
+                d.mul_(relative[id(p)])
+        return top
+
+    def _curvature(
+        self,
+        oracle: Oracle,
+        direction: list[Tensor],
+        squared: Tensor,
+        gradient: "_Gradient",
+        group: dict[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Return d^T C d, measured or carried over, and the slope of the model along d."""
+        slope = vectors.dot(gradient.values, direction)
+        unclipped = oracle.grad_slope(slope)
+        unit = self._curvature_unit(direction, squared)
+        last = self._scalars.get("curvature_per_unit")
+        if self._curvature_due() or last is None:
+            answer = oracle.directional(
+                direction,
+                # What the gradient says before this optimizer clipped it or turned it around.
+                grad_slope=None if unclipped is None else unclipped / gradient.factor,
+                curvature=group["curvature"],
+                regression_scaling=(
+                    "per_example" if group["official_regression_scaling"] else "mean"
+                ),
+            )
+            curvature = answer.curvature.to(slope.dtype)
+            if group["curvature"] == "hessian" and group["maximize"]:
+                curvature = -curvature
+            if unclipped is None:
+                unclipped = answer.slope.to(slope.dtype) * gradient.factor
+            fresh = curvature / unit
+            last = fresh if last is None else last
+            self._scalars["curvature_per_unit"] = torch.where(torch.isfinite(fresh), fresh, last)
+        else:
+            curvature = last * unit
+        return self._averaged_curvature(curvature, group), slope if unclipped is None else unclipped
+
+    def _curvature_unit(self, direction: list[Tensor], squared: Tensor) -> Tensor:
+        """Return what curvature is taken to be proportional to between two measurements."""
+        return squared
+
+    def _averaged_curvature(self, curvature: Tensor, group: dict[str, Any]) -> Tensor:
+        decay = group["curvature_ema"]
+        if decay == 0:
+            return curvature
+        start = group["curvature_ema_init"]
+        average = self._scalars.get("curvature_average")
+        if average is None:
+            average = curvature if start is None else torch.full_like(curvature, start)
+        average = torch.where(
+            torch.isfinite(curvature), decay * average + (1 - decay) * curvature, average
+        )
+        self._scalars["curvature_average"] = average
+        return average
+
+    def _step_length(
+        self, slope: Tensor, curvature: Tensor, damping_term: Tensor, group: dict[str, Any]
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the capped and amplified step length, the damped curvature, and its soundness."""
+        alpha, kappa, found = step_length(
+            slope,
+            curvature,
+            damping_term,
+            saddle_free=group["saddle_free"],
+            guard=group["curvature_guard"],
+        )
+        cap = group["max_lr"]
+        if cap is not None:
+            alpha = alpha.clamp(-cap, cap)
+        alpha = alpha * group["amplification"]
+        if group["lr_ema"] > 0:
+            average = self._scalars.get("lr_average", alpha)
+            mixed = group["lr_ema"] * average + (1 - group["lr_ema"]) * alpha
+            alpha = torch.where(found, mixed, alpha)
+            self._scalars["lr_average"] = torch.where(found, mixed, average)
+        return alpha, kappa, found
+
+    def _apply(
+        self,
+        params: list[Tensor],
+        direction: list[Tensor],
+        alpha: Tensor,
+        top_lr: float,
+        squared: Tensor,
+        group: dict[str, Any],
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Move the parameters; return the length used and the change, so that it can be undone."""
+        change = direction
+        limit = group["update_clip_norm"]
+        if not group["decoupled_weight_decay"]:
+            # The reference adds the decay to the step: delta = alpha d + wd theta, times lr.
+            vectors.scale_(change, alpha)
+            for p, c, decay in zip(params, change, self._weight_decays(params), strict=True):
+                c.add_(p, alpha=decay)
+            factor = top_lr * _clip_factor(vectors.norm(change), limit)
+            vectors.scale_(change, factor)
+        else:
+            factor = top_lr * _clip_factor(alpha.abs() * squared.sqrt(), limit)
+            vectors.scale_(change, alpha * factor)
+        torch._foreach_sub_(params, change)
+        return alpha * factor, change
+
+    def _weight_decays(self, params: list[Tensor]) -> list[float]:
+        decays = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
+        return [decays[id(p)] for p in params]
+
+    def _decay(self, length: Tensor, top_lr: float) -> None:
+        """Shrink the weights as AdamW does, in proportion to the learning rate used."""
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if group["weight_decay"] != 0 and top_lr > 0 and params:
+                rate = length.clamp_min(0.0) * (float(group["lr"]) / top_lr * group["weight_decay"])
+                vectors.scale_(params, 1.0 - rate)
+
+    # Damping
+
+    def _clamped(self, damping: Tensor, group: dict[str, Any]) -> Tensor:
+        return clamp(damping, group["min_damping"], group["max_damping"])
+
+    def _adapt(
+        self,
+        params: list[Tensor],
+        oracle: Oracle,
+        damping: Tensor,
+        predicted: Tensor,
+        change: list[Tensor],
+        backup: list[tuple[list[Tensor], list[Tensor]]] | None,
+        group: dict[str, Any],
+        stats: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Look at the new loss; return the next damping and whether the step was kept."""
+        new_loss = oracle.loss().to(damping.dtype)
+        old_loss = oracle.base_loss().to(damping.dtype)
+        stats.update(new_loss=new_loss, quad_model_change=predicted)
+        sign = -1.0 if group["maximize"] else 1.0
+        ratio = reduction_ratio(sign * new_loss, sign * old_loss, predicted)
+        stats["reduction_ratio"] = ratio
+        factors = {
+            "increase_factor": group["damping_increase_factor"],
+            "decrease_factor": group["damping_decrease_factor"],
+        }
+        if backup is not None:
+            kept = sign * new_loss <= sign * old_loss
+            for present, before in backup:
+                for now, old in zip(present, before, strict=True):
+                    now.copy_(torch.where(kept, now, old))
+            damping = accept_or_raise(damping, kept, **factors)
+        else:
+            kept = torch.isfinite(new_loss) | ~torch.isfinite(old_loss)
+            # A step into an infinite loss is taken back.
+            vectors.scale_(change, (~kept).to(damping.dtype))
+            torch._foreach_add_(params, change)
+            damping = levenberg_marquardt(damping, ratio, failed=~kept, **factors)
+        return self._clamped(damping, group), kept
+
+    def _state_tensors(self, params: list[Tensor]) -> list[Tensor]:
+        """Return the tensors that a rejected step must restore besides the parameters."""
+        return [
+            value for p in params for value in self.state[p].values() if isinstance(value, Tensor)
+        ]
+
+    def _backup(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+        self._init_state(params)
+        state = self._state_tensors(params)
+        return [(params, vectors.clone(params)), (state, vectors.clone(state))]
+
+    def _init_state(self, params: list[Tensor]) -> None:
+        """Create the per-parameter state; the base has none."""
+
+    def _old_second_moments(
+        self, params: list[Tensor], group: dict[str, Any]
+    ) -> list[Tensor] | None:
+        """Return the diagonal that stands for the curvature in q, before this step changes it."""
+        return None
+
+    # Failures
+
+    def _count(self, usable: Tensor) -> None:
+        """Count unusable steps on the device; read the counts every ``max_failures`` steps."""
+        bad = self._as_scalar(~usable)
+        self._scalars["failures"] = (self._scalar("failures") + bad) * bad
+        self._scalars["skipped_steps"] = self._scalar("skipped_steps") + bad
+        limit = int(self.param_groups[0]["max_failures"])
+        if (self._steps_done + 1) % limit:
+            return
+        counts = torch.stack([self._scalars["failures"], self._scalars["skipped_steps"]])
+        failures, skipped = counts.tolist()
+        name = type(self).__name__
+        if failures >= limit:
+            history = {key: float(value) for key, value in self.stats.items()}
+            raise RuntimeError(
+                f"{name} found no usable step {int(failures)} times in a row: gradient or "
+                f"curvature was not finite. Last measurements: {history}. Look for NaN in the "
+                "data, lower max_lr, or raise min_damping."
+            )
+        if skipped and not self._warned_skips:
+            self._warned_skips = True
+            warnings.warn(
+                f"{name} skipped {int(skipped)} of {self._steps_done + 1} steps: gradient or "
+                "curvature was not finite. stats['skipped_steps'] goes on counting.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+
+class _Gradient(NamedTuple):
+    """The gradient of one step.
+
+    Attributes:
+        values: The gradient to use, clipped, negated to climb, zero if not finite.
+        norm: Norm of the gradient as found.
+        finite: Whether it was finite.
+        factor: values / gradient as found.
+    """
+
+    values: list[Tensor]
+    norm: Tensor
+    finite: Tensor
+    factor: Tensor
+
+
+def _diagonal_form(direction: list[Tensor], diagonal: list[Tensor]) -> Tensor:
+    """Return d^T diag(v) d."""
+    return vectors.dot(torch._foreach_mul(direction, direction), diagonal)
+
+
+def _clip_factor(size: Tensor, limit: float | None) -> Tensor:
+    if limit is None:
+        return torch.ones_like(size)
+    return (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
+
+
+def _check_arguments(a: dict[str, Any]) -> None:
+    """Check all hyper-parameters, in the order of the signature."""
+    check_positive("lr", a["lr"], zero=True)
+    if "betas" in a:
+        if not isinstance(a["betas"], (tuple, list)) or len(a["betas"]) != 2:  # noqa: PLR2004
+            raise ValueError(f"Invalid betas={a['betas']!r}: must be two numbers in [0, 1).")
+        check_in_range("betas[0]", a["betas"][0], 0, 1)
+        check_in_range("betas[1]", a["betas"][1], 0, 1)
+        check_positive("eps", a["eps"])
+    check_positive("damping", a["damping"], zero=True)
+    check_in_range("damping_increase_factor", a["damping_increase_factor"], 1, math.inf)
+    check_in_range(
+        "damping_decrease_factor",
+        a["damping_decrease_factor"],
+        0,
+        1,
+        include_low=False,
+        include_high=True,
+    )
+    check_positive("min_damping", a["min_damping"], zero=True)
+    check_in_range("max_damping", a["max_damping"], a["min_damping"], math.inf, include_high=True)
+    check_choice(
+        "damping_algorithm",
+        a["damping_algorithm"],
+        ("levenberg-marquardt", "decreasing-loss", "fixed"),
+    )
+    check_interval("damping_update_interval", a["damping_update_interval"])
+    check_choice("curvature", a["curvature"], ("fisher", "hessian"))
+    check_interval("curvature_update_interval", a["curvature_update_interval"])
+    for name in ("max_lr", "grad_clip_norm", "direction_clip", "update_clip_norm"):
+        if a[name] is not None:
+            check_positive(name, a[name])
+    check_positive("amplification", a["amplification"])
+    check_in_range("lr_ema", a["lr_ema"], 0, 1)
+    check_in_range("curvature_ema", a["curvature_ema"], 0, 1)
+    if a["curvature_ema_init"] is not None:
+        check_positive("curvature_ema_init", a["curvature_ema_init"])
+    check_positive("weight_decay", a["weight_decay"], zero=True)
+    models = ("taken", "derived", "adam", "adam-sqrt") if "betas" in a else ("taken", "derived")
+    check_choice("quad_model", a["quad_model"], models)
+    check_interval("max_failures", a["max_failures"])

@@ -1,0 +1,137 @@
+"""ClosureOracle: answers made from an ordinary closure (zero_grad, forward, backward, return loss).
+
+The closure runs once as the main pass, watched. For every further question it runs again with
+``backward`` turned into "remember this loss", and with all gradients out of its reach.
+"""
+
+import functools
+import inspect
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.oracle.capture import LossCapture
+from lightning_curvature.oracle.extra_pass import ContextFactory, Environment
+from lightning_curvature.oracle.record import PassRecord, loss_terms
+from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
+
+__all__ = ["ClosureOracle"]
+
+Backward = Callable[..., None]
+Replacement = Callable[[Backward, Any, Any, dict[str, Any]], None]
+
+
+@contextmanager
+def _backward_replaced(replacement: Replacement) -> Iterator[None]:
+    """Send every ``Tensor.backward`` and ``torch.autograd.backward`` to another function."""
+    original = torch.autograd.backward
+
+    @functools.wraps(original)
+    def backward(tensors: Any, grad_tensors: Any = None, *args: Any, **kwargs: Any) -> None:
+        named = inspect.signature(original).bind(tensors, grad_tensors, *args, **kwargs).arguments
+        replacement(original, named.pop("tensors"), named.pop("grad_tensors", None), named)
+
+    torch.autograd.backward = backward
+    try:
+        yield
+    finally:
+        torch.autograd.backward = original
+
+
+def _total(tensors: Any, grad_tensors: Any) -> Tensor:
+    """Return the scalar that a call of ``backward`` differentiates."""
+    outputs = [tensors] if isinstance(tensors, Tensor) else list(tensors)
+    weights = [grad_tensors] if isinstance(grad_tensors, Tensor) else grad_tensors
+    if weights is None:
+        weights = [None] * len(outputs)
+    parts = [t.sum() if w is None else (t * w).sum() for t, w in zip(outputs, weights, strict=True)]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+class ClosureOracle(WindowOracle):
+    """Answers by running a closure again.
+
+    Args:
+        params: Parameters of the optimizer, in its order.
+        module: Module that holds them, for buffers and forward mode; None for a bare closure.
+        directional: See `WindowOracle`.
+        mean: See `WindowOracle`.
+        contexts: See `WindowOracle`.
+        unwrap: Returns the part of a closure that is run again, without the hooks around it.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        module: nn.Module | None = None,
+        *,
+        directional: DirectionalMethod = "auto",
+        mean: Callable[[Tensor], Tensor] | None = None,
+        contexts: Sequence[ContextFactory] = (),
+        unwrap: Callable[[Callable[[], Any]], Callable[[], Any]] | None = None,
+    ) -> None:
+        super().__init__(params, module, directional=directional, mean=mean, contexts=contexts)
+        self._unwrap = unwrap
+        self.recording = False
+
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Run the closure once, watched, and return its result."""
+        again = closure if self._unwrap is None else self._unwrap(closure)
+        environment = Environment.of(self.module, self.device, self.unchanging_buffers)
+        record = PassRecord(functools.partial(self._run_again, again), environment)
+        self.recording = True
+        try:
+            with LossCapture() as capture:
+
+                def watch(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
+                    total = _total(tensors, weights)
+                    record.terms += loss_terms(total, capture.calls)
+                    value = total.detach()
+                    record.loss = value if record.loss is None else record.loss + value
+                    original(tensors, weights, **rest)
+
+                with _backward_replaced(watch):
+                    result = closure()
+        finally:
+            self.recording = False
+        environment.learn_unchanging(self.unchanging_buffers)
+        record.num_calls = len(capture.calls)
+        if record.loss is not None:
+            self.add(record)
+        return result
+
+    def _run_again(self, closure: Callable[[], Any]) -> Tensor | None:
+        """Run the closure without a backward and without touching a gradient."""
+        totals: list[Tensor] = []
+
+        def remember(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
+            totals.append(_total(tensors, weights))
+
+        owner = self.params if self.module is None else [*self.module.parameters()]
+        grads = [p.grad for p in owner]
+        try:
+            for p in owner:
+                p.grad = None
+            with _backward_replaced(remember):
+                closure()
+        finally:
+            for p, grad in zip(owner, grads, strict=True):
+                p.grad = grad
+        if not totals:
+            return None
+        return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
+
+
+def warn_bare_closure(name: str) -> None:
+    """Tell the user what a bare closure cannot give."""
+    warnings.warn(
+        f"{name} has only a closure to ask: curvature comes from finite differences, and "
+        "BatchNorm statistics and metrics see every extra pass. "
+        "optimizer.attach_model(model, loss_fn) removes both limits.",
+        RuntimeWarning,
+        stacklevel=4,
+    )

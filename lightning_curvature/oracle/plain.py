@@ -1,0 +1,147 @@
+"""ModelOracle: answers for an ordinary PyTorch loop, from a model and its loss function."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.oracle.capture import LossCapture
+from lightning_curvature.oracle.closure import ClosureOracle
+from lightning_curvature.oracle.extra_pass import Environment, in_extra_pass
+from lightning_curvature.oracle.record import (
+    PassRecord,
+    batch_versions,
+    check_batch_unchanged,
+    loss_terms,
+)
+from lightning_curvature.oracle.window import DirectionalMethod
+
+__all__ = ["ModelOracle"]
+
+
+class _Forward:
+    """One forward pass of the model that waits for its loss."""
+
+    def __init__(self, args: Any, kwargs: Any, environment: Environment) -> None:
+        self.args = args
+        self.kwargs = kwargs
+        self.environment = environment
+        self.versions = batch_versions((args, kwargs))
+        self.output: Any = None
+
+
+class ModelOracle(ClosureOracle):
+    """Watches a model and its loss function in an ordinary training loop.
+
+    The model is watched through its forward hooks and the loss through `criterion`, which stands
+    for the loss function in the loop. The weight of a loss in the step (1/k when it is divided by
+    the number of accumulated batches) is read off its own backward. ``step(closure)`` works too.
+
+    Args:
+        params: Parameters of the optimizer, in its order.
+        model: The model.
+        loss_fn: Called as ``loss_fn(model_output, *targets)``, returns a scalar.
+        wanted: Tells whether the coming step will ask anything.
+        directional: See `WindowOracle`.
+        grad_scaler: Scaler of a float16 loop, so that its scale is not taken for a weight.
+        mean: See `WindowOracle`.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        *,
+        wanted: Callable[[], bool],
+        directional: DirectionalMethod = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
+        mean: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        holder = nn.ModuleList([model, loss_fn]) if isinstance(loss_fn, nn.Module) else model
+        super().__init__(params, holder, directional=directional, mean=mean)
+        self._model = model
+        self._loss_fn = loss_fn
+        self._wanted = wanted
+        self._grad_scaler = grad_scaler
+        self._forward: _Forward | None = None
+        self._hooks = [
+            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
+            model.register_forward_hook(self._after_forward),
+        ]
+
+    def close(self) -> None:
+        """Remove the hooks from the model."""
+        for hook in self._hooks:
+            hook.remove()
+        self._forward = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelOracle":
+        """Return itself: a copied model (an average of weights, say) is another model."""
+        return self
+
+    def clear(self) -> None:
+        """Forget the recorded micro-batches."""
+        super().clear()
+        self._forward = None
+
+    def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        # A deep copy of the model carries this hook along.
+        if module is not self._model or self.recording or in_extra_pass():
+            return
+        if not (torch.is_grad_enabled() and self._wanted()):
+            return
+        environment = Environment.of(self.module, self.device, self.unchanging_buffers)
+        self._forward = _Forward(args, kwargs, environment)
+
+    def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if self._forward is not None and module is self._model and not in_extra_pass():
+            self._forward.output = output
+
+    def criterion(self, output: Any, *targets: Any, **kwargs: Any) -> Tensor:
+        """Compute the loss, as ``loss_fn`` does, and record it for the coming step.
+
+        Args:
+            output: What the model returned in its last forward pass.
+            *targets: Further arguments of ``loss_fn``.
+            **kwargs: Further keyword arguments of ``loss_fn``.
+
+        Raises:
+            RuntimeError: If ``output`` is not what the model returned last.
+        """
+        forward, self._forward = self._forward, None
+        if forward is None:
+            return self._loss_fn(output, *targets, **kwargs)
+        if output is not forward.output:
+            raise RuntimeError(
+                "The attached loss must be called with the very output of the attached model's "
+                "last forward pass, so that both can be evaluated again. For anything else put the "
+                "whole computation into a closure and call optimizer.step(closure)."
+            )
+
+        def run() -> Tensor:
+            return self._loss_fn(self._model(*forward.args, **forward.kwargs), *targets, **kwargs)
+
+        versions = batch_versions((targets, kwargs))
+        with LossCapture() as capture:
+            loss = self._loss_fn(output, *targets, **kwargs)
+        check_batch_unchanged(forward.versions + versions)
+        forward.environment.learn_unchanging(self.unchanging_buffers)
+        forward.output = None
+        if not loss.requires_grad:
+            return loss
+        record = PassRecord(run, forward.environment)
+        record.terms = loss_terms(loss, capture.calls)
+        record.num_calls = len(capture.calls)
+        value = loss.detach()
+
+        def finish(weight: Tensor) -> None:
+            scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
+            first = record.loss is None
+            record.weight = weight / scale if first else record.weight + weight / scale
+            record.loss = value
+
+        loss.register_hook(finish)  # type: ignore[no-untyped-call]
+        self.add(record)
+        return loss

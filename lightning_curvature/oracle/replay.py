@@ -1,0 +1,129 @@
+"""Runs recorded main passes again and pairs their loss calls with the recorded ones."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature.oracle.capture import RawCall
+from lightning_curvature.oracle.extra_pass import ContextFactory, extra_pass
+from lightning_curvature.oracle.heads import BoundLoss, bind_loss
+from lightning_curvature.oracle.record import LossTerm, PassRecord
+
+__all__ = ["Replay", "load_forward_mode", "matched_terms"]
+
+
+class Replay:
+    """Runs recorded passes again without a trace.
+
+    Args:
+        module: The module of the passes, None if unknown.
+        contexts: Makers of contexts that every extra pass enters.
+
+    Attributes:
+        names: Name of each parameter of the module, by ``id``.
+    """
+
+    def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
+        self.module = module
+        self.contexts = tuple(contexts)
+        self.names = {} if module is None else {id(p): n for n, p in module.named_parameters()}
+
+    @contextmanager
+    def running(self, record: PassRecord) -> Iterator[Tensor]:
+        """Give the total loss of a pass at the present parameters, with a graph if grad mode is on.
+
+        Whatever needs that graph must happen inside: leaving puts the buffers back in place.
+
+        Args:
+            record: The pass.
+
+        Raises:
+            RuntimeError: If it returns no loss this time.
+        """
+        with extra_pass(self.module, record.environment, self.contexts):
+            yield _present(record.run())
+
+    def total(self, record: PassRecord) -> Tensor:
+        """Return the total loss of a pass at the present parameters.
+
+        Args:
+            record: The pass.
+
+        Raises:
+            RuntimeError: If it returns no loss this time.
+        """
+        with self.running(record) as total:
+            return total
+
+    def total_with(self, record: PassRecord, values: dict[int, Tensor]) -> Tensor:
+        """Run a pass with other tensors in the place of parameters.
+
+        Args:
+            record: The pass.
+            values: Replacements by ``id`` of the parameter.
+
+        Raises:
+            RuntimeError: If there is no module, or no loss.
+        """
+        if self.module is None:
+            raise RuntimeError("Forward mode needs the module: call attach_model.")
+        named = {f"module.{self.names[key]}": value for key, value in values.items()}
+        wrapper = _Wrapper(self.module)
+        with extra_pass(self.module, record.environment, self.contexts):
+            total = torch.func.functional_call(wrapper, named, (record,))
+        return _present(total)
+
+
+class _Wrapper(nn.Module):
+    """Lets `functional_call` replace parameters while a pass runs again."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, record: PassRecord) -> Tensor | None:
+        return record.run()
+
+
+def _present(total: Tensor | None) -> Tensor:
+    if total is None:
+        raise RuntimeError(
+            "The training step returned no loss in an extra pass, though it did in the main pass: "
+            "it must do the same when it sees the same batch again."
+        )
+    return total
+
+
+def matched_terms(record: PassRecord, calls: Sequence[RawCall]) -> list[tuple[LossTerm, BoundLoss]]:
+    """Pair the terms of a main pass with the loss calls of an extra pass, by their index.
+
+    Args:
+        record: The main pass.
+        calls: What was captured in the extra pass.
+
+    Raises:
+        RuntimeError: If the extra pass called other losses, or the same on other shapes.
+    """
+    same = len(calls) == record.num_calls
+    matched = []
+    for term in record.terms if same else ():
+        loss = bind_loss(calls[term.index], term.loss.inputs)
+        same = same and [v.shape for v in loss.values()] == [v.shape for v in term.loss.values()]
+        matched.append((term, loss))
+    if not same:
+        raise RuntimeError(
+            f"The training step called {len(calls)} loss functions in an extra pass and "
+            f"{record.num_calls} in the main pass, or the same on other shapes: it must do the "
+            "same when it sees the same batch again."
+        )
+    return matched
+
+
+def load_forward_mode() -> None:
+    """Load torch's rules for forward mode, whose import warns about torch's own code."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        torch.autograd.forward_ad._maybe_load_decompositions()  # type: ignore[no-untyped-call]

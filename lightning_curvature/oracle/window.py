@@ -1,0 +1,310 @@
+"""WindowOracle: answers over the micro-batches of one optimizer step."""
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature import vectors
+from lightning_curvature.checks import check_choice
+from lightning_curvature.oracle.directional import (
+    PROBE_LENGTHS,
+    finite_differences,
+    forward_mode,
+    hessian_form,
+    hessian_product,
+)
+from lightning_curvature.oracle.extra_pass import ContextFactory
+from lightning_curvature.oracle.protocol import (
+    CurvatureKind,
+    Directional,
+    Oracle,
+    RegressionScaling,
+)
+from lightning_curvature.oracle.record import PassRecord
+from lightning_curvature.oracle.replay import Replay
+from lightning_curvature.oracle.self_check import TOLERANCES, SelfCheck
+
+__all__ = ["DirectionalMethod", "WindowOracle"]
+
+DirectionalMethod = Literal["auto", "fd", "jvp"]
+
+# Share of the loss outside the captured losses above which the user is told.
+_UNMODELED_LIMIT = 0.2
+
+
+class WindowOracle(Oracle):
+    """Answers over the recorded micro-batches of one optimizer step.
+
+    Args:
+        params: Parameters of the optimizer, in its order.
+        module: Module that holds them; None if unknown (finite differences only, and buffers are
+            not protected).
+        directional: "fd" for finite differences of the model outputs, "jvp" for forward-mode
+            differentiation (exact, three times the cost), "auto" for the first in full precision
+            and the second otherwise, changed when the self-check fails.
+        mean: Averages a tensor over the ranks and returns it; None for one process.
+        contexts: Makers of contexts that every extra pass enters.
+
+    Attributes:
+        params: Parameters of the optimizer, in its order.
+        module: Module that holds them.
+        records: The micro-batches of the window.
+        method: Method that `directional` uses: "fd", "jvp", or None before the first ask.
+        self_check: Deviation between the measured slope and <grad, d>.
+        clip_factor: What gradient clipping by norm multiplied the gradient with; None if it did
+            not happen.
+        clipped_by_value: Whether gradients were clipped by value in this step.
+        partial: Whether the records are only a part of the data behind the gradient.
+        unchanging_buffers: Ids of large buffers that main passes leave alone.
+
+    Raises:
+        ValueError: If some parameters are not in the module.
+    """
+
+    capabilities = frozenset({"loss", "directional", "hvp"})
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        module: nn.Module | None,
+        *,
+        directional: DirectionalMethod = "auto",
+        mean: Callable[[Tensor], Tensor] | None = None,
+        contexts: Sequence[ContextFactory] = (),
+    ) -> None:
+        check_choice("directional", directional, ("auto", "fd", "jvp"))
+        self.params = list(params)
+        self.module = module
+        self.records: list[PassRecord] = []
+        self.method: Literal["fd", "jvp"] | None = None
+        self.self_check = SelfCheck()
+        self.clip_factor: Tensor | None = None
+        self.clipped_by_value = False
+        self.partial = False
+        self.unchanging_buffers: set[int] = set()
+        self._wanted_method: DirectionalMethod = directional
+        self._mean = mean
+        self._replay = Replay(module, contexts)
+        self._active = list(params)
+        self._base_loss: Tensor | None = None
+        self._tried: set[str] = set()
+        self._warned: set[str] = set()
+        if module is not None:
+            missing = sum(id(p) not in self._replay.names for p in self.params)
+            if missing:
+                raise ValueError(
+                    f"{missing} of {len(self.params)} optimized parameters are not in the attached "
+                    f"{type(module).__name__}: its loss cannot be evaluated along them. Attach the "
+                    "module that holds all parameters of the optimizer."
+                )
+
+    # The window
+
+    @property
+    def ready(self) -> bool:
+        """Whether a main pass was recorded for the present step."""
+        return bool(self._recorded())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.params[0].device
+
+    def _recorded(self) -> list[PassRecord]:
+        return [record for record in self.records if record.loss is not None]
+
+    def evaluate(self, closure: Callable[[], Any]) -> Any:
+        """Run the main pass by calling ``closure`` exactly once and return its result."""
+        return closure()
+
+    def add(self, record: PassRecord) -> None:
+        """Add a micro-batch to the window."""
+        self.records.append(record)
+
+    def select(self, params: Sequence[Tensor]) -> None:
+        """Name the parameters that the vectors of the present step refer to."""
+        self._active = list(params)
+
+    def clear(self) -> None:
+        """Forget the recorded micro-batches."""
+        self.records = []
+        self._base_loss = None
+        self.clip_factor = None
+        self.clipped_by_value = False
+
+    def mean_(self, packed: Tensor) -> Tensor:
+        """Average a tensor of packed scalars over the ranks; one collective."""
+        return packed if self._mean is None else self._mean(packed)
+
+    def grad_slope(self, slope: Tensor) -> Tensor | None:
+        """Undo the gradient clipping of the training loop in <grad, d>."""
+        if self.clipped_by_value:
+            return None
+        return slope if self.clip_factor is None else slope / self.clip_factor.to(slope.dtype)
+
+    # Losses
+
+    def _local(self, total: Callable[[PassRecord], Tensor]) -> Tensor:
+        """Return the weighted sum of a scalar over the micro-batches of this rank."""
+        records = self._recorded()
+        if not records:
+            raise RuntimeError(
+                "The oracle was asked before a main pass was recorded: compute the loss and its "
+                "gradient first."
+            )
+        dtype = vectors.scalar_dtype(self.params)
+        return torch.stack([total(record).to(dtype) * record.weight for record in records]).sum()
+
+    def base_loss(self) -> Tensor:
+        """Return the loss of the main pass, a 0-dim tensor."""
+        if self._base_loss is None:
+            self._base_loss = self.mean_(self._local(PassRecord.total).reshape(1))[0]
+        return self._base_loss
+
+    @torch.no_grad()
+    def loss(self) -> Tensor:
+        """Return the loss at the present parameters; one forward per micro-batch."""
+        new = self._local(self._replay.total)
+        if self._base_loss is not None:
+            return self.mean_(new.reshape(1))[0]
+        packed = self.mean_(torch.stack([new, self._local(PassRecord.total)]))
+        self._base_loss = packed[1]
+        return packed[0]
+
+    # Derivatives
+
+    def directional(
+        self,
+        direction: Sequence[Tensor],
+        *,
+        grad_slope: Tensor | None = None,
+        curvature: CurvatureKind = "fisher",
+        regression_scaling: RegressionScaling = "mean",
+    ) -> Directional:
+        """Return slope and curvature of the loss along a direction; see `Oracle.directional`.
+
+        Raises:
+            NoLossCapturedError: If the curvature of the loss is unknown.
+            RuntimeError: If a pass does not do the same when it runs again.
+        """
+        answer, unmodeled = self._ask(direction, curvature, regression_scaling)
+        # Part of the data cannot confirm the gradient of all of it.
+        expected = None if self.partial else grad_slope
+        self.self_check.add(answer.slope, expected, unmodeled)
+        if self.self_check.due and self._reconsider(curvature):
+            answer, _ = self._ask(direction, curvature, regression_scaling)
+        return answer
+
+    def _ask(
+        self, direction: Sequence[Tensor], kind: CurvatureKind, scaling: RegressionScaling
+    ) -> tuple[Directional, Tensor]:
+        """Return the answer and the share of the loss that has no curvature, in one collective."""
+        base = self._local(PassRecord.total)
+        if kind == "hessian":
+            slope, curvature = hessian_form(self._replay, self._recorded(), self._active, direction)
+            modeled = base
+        else:
+            slope, curvature = self._fisher(direction, scaling)
+            modeled = self._local(PassRecord.modeled)
+        packed = self.mean_(torch.stack([slope, curvature, base, modeled]))
+        self._base_loss = packed[2]
+        size = packed[2].abs().clamp_min(torch.finfo(packed.dtype).tiny)
+        return Directional(packed[0], packed[1]), (packed[2] - packed[3]).abs() / size
+
+    def _fisher(
+        self, direction: Sequence[Tensor], scaling: RegressionScaling
+    ) -> tuple[Tensor, Tensor]:
+        records = self._recorded()
+        for record in records:
+            record.check_terms()
+        if self.method is None:
+            self.method = self._choose_method()
+        arguments = (self._replay, records, self._active, direction, scaling)
+        if self.method == "fd":
+            return finite_differences(*arguments)
+        try:
+            return forward_mode(*arguments)
+        except torch.OutOfMemoryError:
+            raise
+        except (NotImplementedError, RuntimeError) as error:
+            if self._wanted_method == "jvp":
+                raise
+            self._warn(
+                "jvp",
+                f"Forward-mode differentiation is not possible in this model ({error}); curvature "
+                "comes from finite differences instead.",
+            )
+            self._tried.add("jvp")
+            self.method = "fd"
+            return finite_differences(*arguments)
+
+    def _choose_method(self) -> Literal["fd", "jvp"]:
+        if self._wanted_method != "auto":
+            return self._wanted_method
+        if self.module is None:
+            return "fd"
+        full = all(p.dtype in PROBE_LENGTHS for p in self.params)
+        exact_matmul = torch.get_float32_matmul_precision() == "highest"
+        return "fd" if full and exact_matmul and not self._autocast() else "jvp"
+
+    def _autocast(self) -> bool:
+        return any(record.environment.autocast[0] for record in self._recorded())
+
+    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the Hessian-vector product of the loss on this rank, by double backward."""
+        sums = [torch.zeros_like(p) for p in self._active]
+        for record in self._recorded():
+            _, parts = hessian_product(self._replay, record, self._active, vectors)
+            for total, part in zip(sums, parts, strict=True):
+                if part is not None:
+                    total.add_(part * record.weight)
+        return sums
+
+    # Self-check
+
+    def _reconsider(self, kind: CurvatureKind) -> bool:
+        """Read the self-check; change the method, or warn, if it failed.
+
+        Returns:
+            Whether the method was changed, so that the question should be asked again.
+        """
+        verdict = self.self_check.read()
+        if verdict.unmodeled > _UNMODELED_LIMIT:
+            self._warn(
+                "unmodeled",
+                f"{verdict.unmodeled:.0%} of the loss does not come from a captured loss function "
+                "(a penalty, or a hand-written term): its curvature is taken as zero. "
+                "lightning_curvature.declare_loss can declare it.",
+            )
+        method = self.method or "jvp"
+        tolerance = TOLERANCES["autocast" if self._autocast() else method]
+        if not verdict.deviation > tolerance:
+            return False
+        other: Literal["fd", "jvp"] = "fd" if method == "jvp" else "jvp"
+        self._tried.add(method)
+        can_switch = kind == "fisher" and self._wanted_method == "auto" and self.module is not None
+        if can_switch and other not in self._tried:
+            self._warn(
+                f"switch-{other}",
+                f"Self-check: the slope measured by method '{method}' deviates by "
+                f"{verdict.deviation:.1%} from the gradient; going on with '{other}'.",
+            )
+            self.method = other
+            return True
+        self._warn(
+            "self-check",
+            f"Self-check: the slope measured by an extra pass deviates by {verdict.deviation:.1%} "
+            f"from the gradient (allowed: {tolerance:.0%}). The curvature is doubtful. Usual "
+            "causes: gradients changed by a hook after the backward, randomness that the library "
+            "does not know (a generator of its own), reentrant checkpointing, a custom "
+            "autograd.Function, or a training_step with side effects on its own result.",
+        )
+        return False
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,79 @@
+"""One row per optimizer: it drives the contract tests, the documentation and the command line."""
+
+from dataclasses import dataclass
+
+from lightning_curvature.optim.adamqlr import AdamQLR
+from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.sgdqlr import SGDQLR
+
+__all__ = ["OptimizerInfo", "get_optimizer_info", "list_optimizers"]
+
+
+@dataclass(frozen=True)
+class OptimizerInfo:
+    """What there is to know about an optimizer before using it.
+
+    Attributes:
+        name: Lower-case name.
+        cls: The class.
+        asks: What it asks its oracle; empty for optimizers that need no extra passes.
+        passes: Passes per step, in words.
+        copies: Copies of the parameters it keeps as state.
+        paper: arXiv identifier of the method.
+        summary: One sentence.
+    """
+
+    name: str
+    cls: type[CurvatureOptimizer]
+    asks: frozenset[str]
+    passes: str
+    copies: int
+    paper: str
+    summary: str
+
+
+_ROWS = (
+    OptimizerInfo(
+        name="adamqlr",
+        cls=AdamQLR,
+        asks=AdamQLR.asks,
+        passes="1 forward+backward, 2 forwards",
+        copies=2,
+        paper="2310.14963",
+        summary="Adam with a learning rate and damping derived from curvature.",
+    ),
+    OptimizerInfo(
+        name="sgdqlr",
+        cls=SGDQLR,
+        asks=SGDQLR.asks,
+        passes="1 forward+backward, 2 forwards",
+        copies=0,
+        paper="2310.14963",
+        summary="Gradient descent with a learning rate and damping derived from curvature.",
+    ),
+)
+
+
+def list_optimizers() -> list[OptimizerInfo]:
+    """Return all optimizers, in alphabetical order of their names."""
+    return sorted(_ROWS, key=lambda info: info.name)
+
+
+def get_optimizer_info(name: str) -> OptimizerInfo:
+    """Return the row of an optimizer.
+
+    Args:
+        name: Name of the optimizer or of its class, in any case.
+
+    Raises:
+        KeyError: If there is no such optimizer.
+
+    Example:
+        >>> get_optimizer_info("AdamQLR").copies
+        2
+    """
+    for info in _ROWS:
+        if info.name == name.lower():
+            return info
+    known = ", ".join(info.name for info in list_optimizers())
+    raise KeyError(f"Unknown optimizer {name!r}: known are {known}.")

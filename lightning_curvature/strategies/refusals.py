@@ -1,0 +1,90 @@
+"""Configurations that cannot work, refused by name before the first batch."""
+
+import inspect
+from typing import Any
+
+from lightning.fabric.utilities.exceptions import MisconfigurationException
+from lightning.pytorch import LightningModule
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    Strategy,
+)
+from lightning.pytorch.strategies.single_xla import SingleDeviceXLAStrategy
+from lightning.pytorch.strategies.xla import XLAStrategy
+
+from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.registry import list_optimizers
+
+__all__ = ["refuse_module", "refuse_several_optimizers", "refuse_strategy"]
+
+_UNSUPPORTED: dict[type[Strategy], str] = {
+    FSDPStrategy: "shards them",
+    ModelParallelStrategy: "shards them",
+    DeepSpeedStrategy: "runs backward and the optimizer itself",
+    XLAStrategy: "compiles the whole step",
+    SingleDeviceXLAStrategy: "compiles the whole step",
+}
+
+
+def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
+    """Refuse strategies under which the loss cannot be evaluated again.
+
+    Args:
+        strategy: Strategy of the Trainer.
+        optimizer: Optimizer that asks its oracle something.
+
+    Raises:
+        MisconfigurationException: If the strategy is one of them.
+    """
+    for kind, reason in _UNSUPPORTED.items():
+        if isinstance(strategy, kind):
+            word = getattr(strategy, "strategy_name", None) or kind.__name__
+            elementwise = [info.cls.__name__ for info in list_optimizers() if not info.asks]
+            others = (
+                f", or one of the elementwise optimizers that need no extra passes: "
+                f"{', '.join(elementwise)}"
+                if elementwise
+                else ""
+            )
+            raise MisconfigurationException(
+                f"{type(optimizer).__name__} needs whole parameters on every rank; strategy "
+                f"'{word}' {reason}. Use strategy='ddp_curvature' (or 'ddp'){others}."
+            )
+
+
+def refuse_several_optimizers(found: list[CurvatureOptimizer]) -> None:
+    """Refuse more than one optimizer that asks.
+
+    Args:
+        found: Optimizers of the Trainer that ask their oracle something.
+
+    Raises:
+        MisconfigurationException: If there are several.
+    """
+    if len(found) > 1:
+        names = ", ".join(type(optimizer).__name__ for optimizer in found)
+        raise MisconfigurationException(
+            f"One curvature optimizer per Trainer is supported, got {len(found)}: {names}. Put the "
+            "parameters into groups of one optimizer."
+        )
+
+
+def refuse_module(module: LightningModule, optimizer: CurvatureOptimizer) -> None:
+    """Refuse training steps that cannot be run again.
+
+    Args:
+        module: The user's module.
+        optimizer: Optimizer that asks its oracle something.
+
+    Raises:
+        MisconfigurationException: If the training step takes an iterator.
+    """
+    step: Any = module.training_step
+    if "dataloader_iter" in inspect.signature(step).parameters:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} runs training_step again on the same batch, but "
+            "training_step(dataloader_iter) takes its batches itself and would lose some. Use "
+            "training_step(batch, batch_idx)."
+        )

@@ -1,0 +1,76 @@
+"""Vectors that are lists of tensors, one per parameter: inner products, norms, updates.
+
+Scalars come back as 0-dim tensors on the device of the vectors and are never read here, so nothing
+in this file waits for a device. Products of half-precision tensors are summed in float32.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["add_scaled_", "chunks", "clone", "copy_", "dot", "norm", "scalar_dtype", "scale_"]
+
+Vector = Sequence[Tensor]
+
+
+def scalar_dtype(xs: Vector) -> torch.dtype:
+    """Return the dtype for scalars of a vector: float64 if any tensor has it, else float32."""
+    return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
+
+
+def dot(xs: Vector, ys: Vector) -> Tensor:
+    """Return the inner product of two vectors, a 0-dim tensor.
+
+    Args:
+        xs: Tensors of any shapes, at least one.
+        ys: Tensors of the same shapes.
+    """
+    dtype = scalar_dtype(xs)
+    parts = [
+        torch.dot(x.detach().reshape(-1).to(dtype), y.detach().reshape(-1).to(dtype))
+        for x, y in zip(xs, ys, strict=True)
+    ]
+    return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def norm(xs: Vector) -> Tensor:
+    """Return the Euclidean norm of a vector, a 0-dim tensor."""
+    dtype = scalar_dtype(xs)
+    parts = torch._foreach_norm([x.detach() for x in xs], 2, dtype=dtype)
+    total: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return total
+
+
+def clone(xs: Vector) -> list[Tensor]:
+    """Return detached copies that keep the memory formats."""
+    return [x.detach().clone() for x in xs]
+
+
+def copy_(xs: Vector, ys: Vector) -> None:
+    """Copy the values of ``ys`` into ``xs``."""
+    if xs:
+        torch._foreach_copy_(list(xs), list(ys))
+
+
+def scale_(xs: Vector, factor: Tensor | float) -> None:
+    """Multiply a vector by a number or 0-dim tensor in place."""
+    torch._foreach_mul_(list(xs), factor)
+
+
+def add_scaled_(xs: Vector, ys: Vector, factor: Tensor | float) -> None:
+    """Add ``factor * ys`` to ``xs`` in place; needs one temporary copy of ``ys``."""
+    torch._foreach_add_(list(xs), torch._foreach_mul(list(ys), factor))
+
+
+def chunks(indices: int, foreach: bool | None) -> list[slice]:
+    """Return the slices of a vector that one fused call works on.
+
+    Args:
+        indices: Number of tensors in the vector.
+        foreach: ``False`` for one tensor at a time, which needs the least temporary memory;
+            otherwise all at once, which needs the fewest kernel launches.
+    """
+    if foreach is False:
+        return [slice(i, i + 1) for i in range(indices)]
+    return [slice(0, indices)]

@@ -1,0 +1,1 @@
+"""Shared material of the tests: dense matrices, stock modules, probing optimizers."""

@@ -1,0 +1,407 @@
+"""Refusals with their messages, the GradScaler path, and clean-up after failures.
+
+Files under test: strategies/refusals.py, strategies/recorder.py, optim/base.py, oracle/capture.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
+from lightning.pytorch.plugins import MixedPrecision
+from lightning.pytorch.strategies import (
+    DeepSpeedStrategy,
+    FSDPStrategy,
+    ModelParallelStrategy,
+    XLAStrategy,
+)
+from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack
+
+from lightning_curvature import SGDQLR, AdamQLR, CurvatureCallback, declare_loss
+from tests.helpers.dense import DenseModel, Head, flatten, quadratic
+from tests.helpers.modules import StockModule, loader, mlp_module, norm_dropout_module, vectors
+from tests.helpers.probing import ROUTES, Probe, make_trainer, parameters_and_buffers
+
+SHARDED = [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy]
+ATTACHED = ("strategy", "callback")
+
+
+class Ran(AssertionError):
+    """A batch was reached although the run should have been refused before."""
+
+
+class NeverStarts(StockModule):
+    """Module whose first batch must never come."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        raise Ran
+
+
+def _network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
+
+
+@pytest.mark.parametrize("route", ["callback", "auto"])
+@pytest.mark.parametrize("sharded", SHARDED, ids=lambda cls: cls.__name__)
+def test_sharded_strategies_are_refused(sharded: type, route: str) -> None:
+    """FSDP and its kind: before the first batch, naming the alternatives."""
+    trainer = make_trainer(route)
+    # An instance of the sharded class that runs on one device: only what it is matters.
+    kind = type(f"Fake{sharded.__name__}", (type(trainer.strategy), sharded), {})
+    trainer.strategy.__class__ = kind
+    with pytest.raises(Exception, match="needs whole parameters on every rank") as refusal:
+        trainer.fit(NeverStarts(_network(), AdamQLR), loader(vectors()))
+    assert not isinstance(refusal.value, Ran)
+    assert "AdamQLR" in str(refusal.value)
+    assert "ddp_curvature" in str(refusal.value)
+
+
+def test_sharded_strategies_are_none_of_our_business_with_other_optimizers() -> None:
+    """The entry point is in every environment: a plain optimizer must not notice it."""
+    trainer = make_trainer("auto")
+    trainer.strategy.__class__ = type("Fake", (type(trainer.strategy), FSDPStrategy), {})
+    with pytest.raises(Ran):
+        trainer.fit(NeverStarts(_network(), torch.optim.AdamW), loader(vectors()))
+
+
+class IteratorModule(StockModule):
+    """Takes batches from the iterator itself, which an extra pass would exhaust."""
+
+    def training_step(self, dataloader_iter: Any) -> Any:
+        (x, y), _, _ = next(dataloader_iter)
+        return F.cross_entropy(self(x), y)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_dataloader_iter_is_refused(route: str) -> None:
+    """An extra pass would silently eat batches."""
+    module = IteratorModule(_network(), AdamQLR)
+    before = parameters_and_buffers(module)
+    with pytest.raises(Exception, match="dataloader_iter"):
+        make_trainer(route).fit(module, loader(vectors()))
+    after = parameters_and_buffers(module)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+
+
+class ManualModule(StockModule):
+    """Manual optimization, with or without a closure."""
+
+    def __init__(self, *args: Any, with_closure: bool) -> None:
+        super().__init__(*args)
+        self.automatic_optimization = False
+        self.with_closure = with_closure
+        self.calls = 0
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        optimizer = self.optimizers()
+
+        def closure() -> Tensor:
+            self.calls += 1
+            loss = F.cross_entropy(self(x), y)
+            optimizer.zero_grad()
+            self.manual_backward(loss)
+            return loss
+
+        if self.with_closure:
+            optimizer.step(closure=closure)
+        else:
+            closure()
+            optimizer.step()
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_manual_optimization_without_closure_is_refused(route: str) -> None:
+    """`training_step` cannot be run again, because it would step again."""
+    module = ManualModule(_network(), AdamQLR, with_closure=False)
+    before = parameters_and_buffers(module)
+    with pytest.raises(Exception, match="closure"):
+        make_trainer(route).fit(module, loader(vectors()))
+    after = parameters_and_buffers(module)
+    assert all(torch.equal(after[name], before[name]) for name in before)
+    assert _len_torch_function_stack() == 0
+
+
+# Depending on the route the closure is all there is to ask, which is said once.
+@pytest.mark.filterwarnings("ignore:.*closure:RuntimeWarning")
+@pytest.mark.parametrize("route", ROUTES)
+def test_manual_optimization_with_closure_trains(route: str) -> None:
+    """The closure is enough: the loss falls and the parameters stay finite."""
+    seed_everything(5)
+    module = ManualModule(_network(), AdamQLR, with_closure=True)
+    data = vectors(40)
+    with torch.no_grad():
+        before = F.cross_entropy(module(data.tensors[0]), data.tensors[1])
+    make_trainer(route, max_epochs=3).fit(module, loader(data, batch_size=40))
+    with torch.no_grad():
+        after = F.cross_entropy(module(data.tensors[0]), data.tensors[1])
+    assert after < before
+    assert module.calls >= 3
+
+
+class InPlaceModule(StockModule):
+    """Normalizes its batch in place."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        x -= x.mean()
+        return F.cross_entropy(self(x), y)
+
+
+@pytest.mark.parametrize("make", [AdamQLR, SGDQLR, Probe])
+@pytest.mark.parametrize("route", ROUTES)
+def test_batch_changed_in_place_is_refused(route: str, make: Callable[..., Any]) -> None:
+    """An extra pass would see other data."""
+    with pytest.raises(RuntimeError, match="changed its batch in place"):
+        make_trainer(route).fit(InPlaceModule(_network(), make), loader(vectors()))
+    assert _len_torch_function_stack() == 0
+
+
+@pytest.mark.parametrize("make", [torch.optim.AdamW, lambda params: Probe(params, passes=())])
+def test_batch_changed_in_place_is_fine_when_nothing_is_asked(make: Callable[..., Any]) -> None:
+    """Whoever asks nothing is left alone."""
+    make_trainer("auto").fit(InPlaceModule(_network(), make), loader(vectors()))
+
+
+class Handwritten(StockModule):
+    """A loss no capture can know."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        onehot = F.one_hot(y, 4).to(x.dtype)
+        return -(self(x).log_softmax(1) * onehot).sum() / len(y)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_unknown_loss_is_refused(route: str) -> None:
+    """The message lists what is known and offers `declare_loss`."""
+    with pytest.raises(RuntimeError, match=r"[Ss]upported") as refusal:
+        make_trainer(route).fit(Handwritten(_network(), AdamQLR), loader(vectors()))
+    message = str(refusal.value)
+    for word in ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "declare_loss"):
+        assert word in message
+
+
+def test_unknown_loss_is_enough_for_loss_and_hessian() -> None:
+    """Only the Gauss-Newton matrix needs to know the loss function."""
+
+    def make(params: Any) -> Probe:
+        return Probe(params, passes=["loss", "hessian", "hvp"])
+
+    trainer = make_trainer("strategy", precision="64-true")
+    trainer.fit(Handwritten(_network(), make), loader(vectors()))
+    probe = trainer.optimizers[0]
+    assert all(torch.equal(base, again) for base, again in probe.losses)
+    assert max(probe.deviations) <= 1e-12
+
+
+class Declared(Handwritten):
+    """The same loss, declared."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        logits = self(x)
+        onehot = F.one_hot(y, 4).to(x.dtype)
+        loss = -(logits.log_softmax(1) * onehot).sum() / len(y)
+        return 0.5 * declare_loss(loss, logits, y, kind="cross_entropy")
+
+
+def test_declared_loss_is_exact() -> None:
+    """`declare_loss` gives the curvature of the cross-entropy it names."""
+    seed_everything(5)
+    expected: list[float] = []
+
+    class Compared(Probe):
+        def _update(self, params: list[Tensor], oracle: Any) -> None:
+            x, y = batches[len(expected)]
+            heads = [Head(lambda z: z, lambda z: 0.5 * F.cross_entropy(z, y))]
+            dense = DenseModel(module.network).ggn((x,), heads)
+            expected.append(quadratic(dense, flatten(self.direction(params))).item())
+            super()._update(params, oracle)
+
+    module = Declared(_network(), Compared)
+    batches = [(x.double(), y) for x, y in loader(vectors())]
+    trainer = make_trainer("strategy", directional="jvp", precision="64-true")
+    trainer.fit(module, loader(vectors()))
+    probe = trainer.optimizers[0]
+    assert [c.item() for c in probe.curvatures] == pytest.approx(expected, rel=1e-10)
+    assert max(probe.deviations) <= 1e-12
+
+
+def _scaled(
+    route: str, make: Callable[..., Any], epochs: int = 1
+) -> tuple[LightningModule, Trainer]:
+    seed_everything(5)
+    module = mlp_module(make)
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    plugin = MixedPrecision(precision="16-mixed", device="cpu", scaler=scaler)
+    trainer = make_trainer(route, plugins=[plugin], max_epochs=epochs)
+    trainer.fit(module, loader(vectors(40), batch_size=20))
+    return module, trainer
+
+
+@pytest.mark.parametrize("route", ATTACHED)
+def test_grad_scaler_steps_without_closure(route: str) -> None:
+    """The scaler runs the closure itself and calls `step()`; the loss is the unscaled one."""
+    _, trainer = _scaled(route, lambda params: Probe(params, passes=["directional", "loss"]))
+    probe = trainer.optimizers[0]
+    assert probe.closures == [False, False]
+    assert len(probe.deviations) == 2
+    assert max(probe.deviations) < 0.02
+    assert all(torch.equal(base, again) for base, again in probe.losses)
+    assert all(0.5 < base.item() < 5 for base, _ in probe.losses)
+
+
+@pytest.mark.parametrize("route", ATTACHED)
+def test_adamqlr_trains_with_grad_scaler(route: str) -> None:
+    """AdamQLR under a scaler lowers the loss."""
+    module, _ = _scaled(route, AdamQLR, epochs=6)
+    x, y = vectors(40).tensors
+    seed_everything(5)
+    fresh = mlp_module(AdamQLR)
+    with torch.no_grad():
+        assert F.cross_entropy(module(x), y) < F.cross_entropy(fresh(x), y) - 0.1
+    assert all(param.isfinite().all() for param in module.parameters())
+
+
+class Depths(Callback):
+    """Note the depth of the function-mode stack outside `training_step`."""
+
+    def __init__(self) -> None:
+        self.seen: set[int] = set()
+
+    def _note(self, *args: Any, **kwargs: Any) -> None:
+        self.seen.add(_len_torch_function_stack())
+
+    on_train_batch_start = on_before_backward = on_after_backward = _note
+    on_before_optimizer_step = on_before_zero_grad = on_train_batch_end = _note
+    on_validation_batch_start = on_validation_batch_end = on_train_epoch_end = _note
+    on_exception = teardown = on_fit_end = _note
+
+
+class Troubled(StockModule):
+    """Raises, or returns None, in a given batch; validates."""
+
+    def __init__(self, *args: Any, trouble: str) -> None:
+        super().__init__(*args)
+        self.trouble = trouble
+        self.depths: set[int] = set()
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        x, y = batch
+        loss = F.cross_entropy(self(x), y)
+        if batch_idx == 1 and self.trouble == "raise":
+            raise KeyError("trouble")
+        return None if batch_idx == 1 and self.trouble == "none" else loss
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        x, y = batch
+        F.cross_entropy(self(x), y)
+        self.depths.add(_len_torch_function_stack())
+
+
+def _patched(owner: Any, before: set[str]) -> list[str]:
+    """Return the functions that were left on an instance."""
+    return [
+        name
+        for name, value in vars(owner).items()
+        if name not in before and callable(value) and not isinstance(value, nn.Module)
+    ]
+
+
+@pytest.mark.parametrize("trouble", ["", "none", "raise"])
+@pytest.mark.parametrize("route", ROUTES)
+def test_clean_up(route: str, trouble: str) -> None:
+    """No function mode and no patch stays behind, whatever happened."""
+    module = Troubled(_network(), AdamQLR, trouble=trouble)
+    depths = Depths()
+    trainer = make_trainer(route, callbacks=[depths], max_epochs=2, num_sanity_val_steps=1)
+    module_before, strategy_before = set(vars(module)), set(vars(trainer.strategy))
+    data = loader(vectors())
+    if trouble == "raise":
+        with pytest.raises(KeyError, match="trouble"):
+            trainer.fit(module, data, data)
+    else:
+        trainer.fit(module, data, data)
+    assert _len_torch_function_stack() == 0
+    assert depths.seen == {0}
+    assert module.depths == {0}
+    assert _patched(module, module_before) == []
+    assert _patched(trainer.strategy, strategy_before) == []
+    assert "training_step" not in vars(module)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_a_module_can_be_fitted_again(route: str) -> None:
+    """After a failed fit the same module and a new Trainer work."""
+    module = Troubled(_network(), AdamQLR, trouble="raise")
+    with pytest.raises(KeyError):
+        make_trainer(route).fit(module, loader(vectors()))
+    module.trouble = ""
+    trainer = make_trainer(route)
+    trainer.fit(module, loader(vectors()))
+    assert trainer.global_step == 5
+    trainer.fit_loop.max_epochs = 2
+    trainer.fit(module, loader(vectors()))
+    assert trainer.global_step == 10
+
+
+def test_skipped_batch_is_no_step() -> None:
+    """A batch without loss moves nothing and is not asked about."""
+    module = Troubled(_network(), Probe, trouble="none")
+    trainer = make_trainer("strategy")
+    trainer.fit(module, loader(vectors()))
+    assert len(trainer.optimizers[0].deviations) == 4
+
+
+def test_validation_is_not_recorded() -> None:
+    """Losses of validation and sanity batches do not get into the window."""
+
+    class Validated(StockModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            x, y = batch
+            self.log("val", F.cross_entropy(self(x), y))
+
+    seed_everything(5)
+    module = Validated(norm_dropout_module(Probe).network, Probe)
+    trainer = make_trainer(
+        "strategy", directional="jvp", precision="64-true", num_sanity_val_steps=2, max_epochs=2
+    )
+    trainer.fit(module, loader(vectors()), loader(vectors(8)))
+    assert max(trainer.optimizers[0].deviations) <= 1e-12
+
+
+def test_optimizer_without_oracle_names_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the entry point switched off nothing is attached: the error says what to do."""
+    monkeypatch.setenv("LIGHTNING_CURVATURE_AUTO_ATTACH", "0")
+    with pytest.raises(Exception, match="has no curvature oracle") as refusal:
+        make_trainer("none").fit(mlp_module(AdamQLR), loader(vectors()))
+    for word in ("single_device_curvature", "CurvatureCallback", "attach_model"):
+        assert word in str(refusal.value)
+
+
+def test_step_without_anything_attached_names_the_routes() -> None:
+    """The same in a plain loop without a closure."""
+    model = _network()
+    optimizer = AdamQLR(model.parameters())
+    F.cross_entropy(model(vectors().tensors[0]), vectors().tensors[1]).backward()
+    with pytest.raises(RuntimeError, match="has no curvature oracle"):
+        optimizer.step()
+
+
+def test_two_curvature_optimizers_are_refused() -> None:
+    """One per Trainer."""
+
+    class Two(NeverStarts):
+        def configure_optimizers(self) -> Any:
+            first, _, last = self.network
+            return [AdamQLR(first.parameters()), AdamQLR(last.parameters())]
+
+    module = Two(_network(), AdamQLR)
+    module.automatic_optimization = False
+    with pytest.raises(Exception, match=r"[Oo]ne") as refusal:
+        make_trainer("auto", callbacks=[CurvatureCallback()]).fit(module, loader(vectors()))
+    assert not isinstance(refusal.value, Ran)

@@ -1,0 +1,204 @@
+"""Tests of every file in configs/: parsed against the real signatures and run."""
+
+import csv
+import math
+import re
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from lightning_curvature.cli import CurvatureCLI
+from lightning_curvature.demos import DigitsClassifier, DigitsDataModule
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+FRAGMENTS = sorted(
+    str(path.relative_to(CONFIGS))
+    for path in CONFIGS.rglob("*.yaml")
+    if path.parent.name != "recipes"
+)
+RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipes/*.yaml"))
+DIGITS = "recipes/digits_adamqlr.yaml"
+
+TARGET_ACCURACY = 0.96
+TARGET_SECONDS = 60.0
+COLUMNS = {
+    "curvature/loss",
+    "curvature/lr",
+    "curvature/damping",
+    "curvature/reduction_ratio",
+    "train_loss",
+    "val_loss",
+    "val_acc",
+    "test_acc",
+}
+
+BASE = """
+seed_everything: 1
+model: lightning_curvature.demos.DigitsClassifier
+data: lightning_curvature.demos.DigitsDataModule
+optimizer: lightning_curvature.AdamQLR
+trainer:
+  logger: false
+  enable_checkpointing: false
+  enable_model_summary: false
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.EarlyStopping
+      init_args:
+        monitor: val_loss
+"""
+SHORT = [
+    "--trainer.accelerator=cpu",
+    "--trainer.devices=1",
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--trainer.limit_val_batches=1",
+    "--trainer.limit_test_batches=1",
+    "--trainer.num_sanity_val_steps=0",
+    "--trainer.enable_progress_bar=false",
+    "--trainer.log_every_n_steps=1",
+]
+
+
+@pytest.fixture
+def fit(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Callable[..., CurvatureCLI]:
+    """Run the command line in this process: two batches with the given files."""
+    monkeypatch.setattr(sys, "argv", ["lightning-curvature"])
+    monkeypatch.chdir(tmp_path)
+
+    def run(*files: str | Path, args: tuple[str, ...] = ()) -> CurvatureCLI:
+        chosen = [f"--config={CONFIGS / file}" for file in files]
+        return CurvatureCLI(args=["fit", *chosen, *SHORT, *args])
+
+    return run
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    """Return a run that a file of configs/ is added to."""
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+def load(name: str) -> dict[str, Any]:
+    content = yaml.safe_load((CONFIGS / name).read_text())
+    assert isinstance(content, dict)
+    return content
+
+
+def test_every_kind_is_there() -> None:
+    kinds = {Path(name).parent.name for name in FRAGMENTS}
+    assert kinds == {"callbacks", "optimizer", "strategy"}
+    assert DIGITS in RECIPES
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_fragment_trains_two_batches(name: str, base: Path, fit: Callable[..., Any]) -> None:
+    cli = fit(base, name)
+    assert cli.trainer.global_step == 2
+    (optimizer,) = cli.trainer.optimizers
+    assert all(math.isfinite(float(value)) for value in optimizer.stats.values())
+    assert float(optimizer.stats["curvature"]) > 0
+    content = load(name)
+    for key, value in content.get("optimizer", {}).get("init_args", {}).items():
+        if key not in ("damping", "betas"):  # the damping has adapted
+            assert optimizer.param_groups[0][key] == value
+    names = [type(callback).__name__ for callback in cli.trainer.callbacks]
+    for callback in content.get("trainer", {}).get("callbacks+", []):
+        assert names.count(callback["class_path"].rpartition(".")[2]) == 1
+        assert "EarlyStopping" in names  # added to those of the run, not put in their place
+
+
+def test_fragments_combine(base: Path, fit: Callable[..., Any]) -> None:
+    cli = fit(
+        base,
+        "callbacks/curvature_monitor.yaml",
+        "optimizer/sgdqlr.yaml",
+        "strategy/single_device_curvature.yaml",
+    )
+    assert type(cli.trainer.optimizers[0]).__name__ == "SGDQLR"
+    assert type(cli.trainer.strategy).__name__ == "SingleDeviceCurvatureStrategy"
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_fragment_says_how_to_use_it(name: str) -> None:
+    text = (CONFIGS / name).read_text()
+    assert text.startswith("# ")
+    assert f"-c configs/{name}\n" in text
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_two_batches_and_tests(
+    name: str, fit: Callable[..., Any], tmp_path: Path
+) -> None:
+    cli = fit(name)
+    assert cli.trainer.state.fn == "test"
+    assert "test_acc" in cli.trainer.callback_metrics
+    assert next(tmp_path.rglob("curvature.png")).stat().st_size > 0
+    # The same command again in the same folder.
+    fit(name)
+
+
+@pytest.mark.slow
+def test_digits_recipe_reaches_its_accuracy(run_python: Callable[..., Any], tmp_path: Path) -> None:
+    start = time.perf_counter()
+    process = run_python(
+        ["-m", "lightning_curvature", "fit", "-c", CONFIGS / DIGITS], env={"COLUMNS": "120"}
+    )
+    seconds = time.perf_counter() - start
+    assert process.returncode == 0, process.stdout + process.stderr
+    accuracy = re.search(r"test_acc\D+([0-9.]+)", process.stdout)
+    assert accuracy is not None, process.stdout
+    assert float(accuracy[1]) >= TARGET_ACCURACY
+    assert seconds < TARGET_SECONDS
+
+    (table,) = tmp_path.rglob("metrics.csv")
+    with table.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert set(rows[0]) >= COLUMNS
+    losses = [float(row["curvature/loss"]) for row in rows if row["curvature/loss"]]
+    assert losses[-1] < 0.1 * losses[0]
+    (picture,) = tmp_path.rglob("curvature.png")
+    assert picture.parent == table.parent
+    assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+def test_digits_split_is_fixed_and_disjoint() -> None:
+    first, second = DigitsDataModule(batch_size=2000), DigitsDataModule(batch_size=2000)
+    first.setup("fit")
+    torch.manual_seed(7)
+    second.setup("test")
+    sizes = []
+    for loader in ("val_dataloader", "test_dataloader"):
+        (ours,), (theirs,) = list(getattr(first, loader)()), list(getattr(second, loader)())
+        assert torch.equal(ours[0], theirs[0])
+        sizes.append(len(ours[0]))
+    assert sizes == [180, 359]
+    assert len(first.train_dataloader().dataset) == 1797 - 180 - 359  # type: ignore[arg-type]
+    images, labels = next(iter(first.test_dataloader()))
+    assert images.shape[1:] == (1, 8, 8)
+    assert 0 <= images.min() < images.max() <= 1
+    assert set(labels.tolist()) == set(range(10))
+
+
+def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-curvature\[demo\]"'):
+        DigitsDataModule().setup("fit")
+
+
+def test_digits_errors() -> None:
+    with pytest.raises(RuntimeError, match=r"has no data yet: call setup\(stage\) first"):
+        DigitsDataModule().train_dataloader()
+    with pytest.raises(ValueError, match="Invalid batch_size=0"):
+        DigitsDataModule(batch_size=0)
+    with pytest.raises(ValueError, match="Invalid channels=0"):
+        DigitsClassifier(channels=0)
+    with pytest.raises(ValueError, match=r"Invalid dropout=1\.0: must be in \[0, 1\)"):
+        DigitsClassifier(dropout=1.0)
