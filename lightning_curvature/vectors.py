@@ -58,9 +58,19 @@ def scale_(xs: Vector, factor: Tensor | float) -> None:
     torch._foreach_mul_(list(xs), factor)
 
 
-def add_scaled_(xs: Vector, ys: Vector, factor: Tensor | float) -> None:
-    """Add ``factor * ys`` to ``xs`` in place; needs one temporary copy of ``ys``."""
-    torch._foreach_add_(list(xs), torch._foreach_mul(list(ys), factor))
+def add_scaled_(xs: Vector, ys: Vector, factor: Tensor) -> None:
+    """Add ``factor * ys`` to ``xs`` in place.
+
+    Args:
+        xs: Tensors to change.
+        ys: Tensors of the same shapes.
+        factor: 0-dim tensor.
+    """
+    if xs[0].device.type == "cpu":
+        # One sweep through memory; on a GPU the two fused kernels below are the faster choice.
+        torch._foreach_addcmul_(list(xs), list(ys), [factor] * len(xs))
+    else:
+        torch._foreach_add_(list(xs), torch._foreach_mul(list(ys), factor))
 
 
 def chunks(indices: int, foreach: bool | None) -> list[slice]:

@@ -215,6 +215,16 @@ class AdamQLR(QLROptimizer):
             )
         return direction
 
+    def _curvature_unit(
+        self, params: list[Tensor], direction: list[Tensor], squared: Tensor
+    ) -> Tensor:
+        # |d|^2 in Adam's own metric, sqrt(v_hat) + eps. It predicts d^T C d better than |d|^2 does
+        # (docs/how-to/adamqlr.md, "Intervals").
+        state = self.state[params[0]]
+        correction: Tensor = 1 - self.param_groups[0]["betas"][0] ** state["step"].clamp_min(1.0)
+        moments = [self.state[p]["exp_avg"] for p in params]
+        return vectors.dot(moments, direction) / correction
+
     def _old_second_moments(
         self, params: list[Tensor], group: dict[str, Any]
     ) -> list[Tensor] | None:
@@ -255,13 +265,15 @@ def _adam_direction(
     torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, 1 - counts * (1 - beta2))
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
-    # One small kernel for all bias corrections; a count of 0 means moments of 0.
+    # Both bias corrections go into the denominator, one small kernel for all of them:
+    # m / c1 / (sqrt(v / c2) + eps) = m / (sqrt(v) c1 / sqrt(c2) + eps c1). A count of 0 means m =
+    # 0.
     t = torch.stack(steps).clamp_min(1.0)
-    correction1 = list((1 - beta1**t).unbind())
-    correction2 = list((1 - beta2**t).unbind())
-    denominator = torch._foreach_div(exp_avg_sqs, correction2)
-    torch._foreach_sqrt_(denominator)
-    torch._foreach_add_(denominator, eps)
-    direction = torch._foreach_div(exp_avgs, correction1)
-    torch._foreach_div_(direction, denominator)
-    return list(direction)
+    correction1, correction2 = 1 - beta1**t, 1 - beta2**t
+    # The result grows in one new buffer: large allocations cost more than these sweeps.
+    direction = list(torch._foreach_sqrt(exp_avg_sqs))
+    torch._foreach_mul_(direction, list((correction1 / correction2.sqrt()).unbind()))
+    torch._foreach_add_(direction, list((eps * correction1).unbind()))
+    torch._foreach_reciprocal_(direction)
+    torch._foreach_mul_(direction, exp_avgs)
+    return direction

@@ -141,15 +141,8 @@ class CurvatureOptimizer(Optimizer, ABC):
                 )
             self.attach(ClosureOracle(self._all_params()))
             warn_bare_closure(name)
-        oracle = self.oracle
-        assert oracle is not None
-        if type(oracle) is ClosureOracle and closure is None:
-            raise MissingCapabilityError(
-                f"{name} evaluates the loss again, which manual optimization cannot do without a "
-                f"closure. Call optimizer.step(closure), where closure() zeroes the gradients, "
-                "computes the loss, runs backward and returns the loss."
-            )
-        return oracle
+        assert self.oracle is not None
+        return self.oracle
 
     # Stepping
 
@@ -184,7 +177,11 @@ class CurvatureOptimizer(Optimizer, ABC):
         params = [p for p in self._all_params() if p.grad is not None]
         # Without gradients, or without the loss they belong to, there is nothing to step on:
         # training_step returned None, or a callback skipped the backward.
-        if params and not (asked and oracle is not None and not oracle.ready):
+        if params and asked and oracle is not None and not oracle.ready:
+            needed = oracle.missing()
+            if needed is not None:
+                raise MissingCapabilityError(f"{type(self).__name__} {needed}")
+        elif params:
             if any(p.grad is not None and p.grad.is_sparse for p in params):
                 raise RuntimeError(f"{type(self).__name__} does not support sparse gradients.")
             if oracle is not None:

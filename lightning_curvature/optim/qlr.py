@@ -18,8 +18,6 @@ Where it differs from the official code, by default (each has a switch back):
 - gradient, curvature and new loss see the same dropout masks.
 """
 
-import math
-import warnings
 from abc import abstractmethod
 from typing import Any, ClassVar, Literal, NamedTuple
 
@@ -27,15 +25,11 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import vectors
-from lightning_curvature.checks import (
-    check_choice,
-    check_in_range,
-    check_interval,
-    check_positive,
-)
 from lightning_curvature.curvature.damping import accept_or_raise, clamp, levenberg_marquardt
 from lightning_curvature.curvature.quadratic import model_change, reduction_ratio, step_length
 from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.qlr_arguments import check_arguments
 from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["DampingAlgorithm", "QLROptimizer"]
@@ -63,11 +57,17 @@ class QLROptimizer(CurvatureOptimizer):
     asks: ClassVar[frozenset[str]] = frozenset({"loss", "directional"})
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
-        _check_arguments(defaults)
-        self._warned_skips = False
+        check_arguments(defaults)
         damping = float(defaults["damping"])
         super().__init__(params, {**defaults, "damping": torch.tensor(damping)})
         self.damping = damping
+        self._failures = FailureCounter(type(self).__name__, int(defaults["max_failures"]))
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or deep copy."""
+        super().__setstate__(state)
+        limit = int(self.param_groups[0]["max_failures"])
+        self._failures = FailureCounter(type(self).__name__, limit)
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -125,13 +125,13 @@ class QLROptimizer(CurvatureOptimizer):
         top_lr = self._scale_by_group_lr(params, direction)
         squared = vectors.dot(direction, direction)
         old_form = None if old_moments is None else _diagonal_form(direction, old_moments)
-        curvature, slope = self._curvature(oracle, direction, squared, gradient, group)
+        curvature, slope = self._curvature(oracle, params, direction, squared, gradient, group)
         alpha, kappa, found = self._step_length(slope, curvature, damping * squared, group)
         found = found | (squared == 0)  # nothing to descend is not a failure
         usable = gradient.finite & found
         alpha = torch.where(usable, alpha, torch.zeros_like(alpha))
 
-        length, change = self._apply(params, direction, alpha, top_lr, squared, group)
+        length, move = self._apply(params, direction, alpha, top_lr, squared, group)
         stats = {
             "step_length": alpha,
             "lr": length,
@@ -149,18 +149,21 @@ class QLROptimizer(CurvatureOptimizer):
                 length if group["quad_model"] == "taken" else alpha, slope, kappa
             )
             damping, kept = self._adapt(
-                params, oracle, damping, predicted, change, backup, group, stats
+                params, oracle, damping, predicted, (direction, move), backup, group, stats
             )
         if group["decoupled_weight_decay"]:
             self._decay(torch.where(kept, length, torch.zeros_like(length)), top_lr)
         if group["damping_algorithm"] != "fixed":
             self.damping = torch.where(gradient.finite & ~found, raised, damping)
-        self._count(usable)
+        counts = {name: self._scalar(name) for name in ("failures", "skipped_steps")}
+        self._failures.update(counts, usable)
+        self._scalars.update(counts)
         if oracle.ready:
             stats["loss"] = oracle.base_loss()
         stats["damping"] = self.param_groups[0]["damping"]
         stats["skipped_steps"] = self._scalars["skipped_steps"]
         self.stats = {**self.stats, **stats}
+        self._failures.check(counts, self._steps_done + 1, self.stats)
 
     @abstractmethod
     def _direction(self, params: list[Tensor], grads: list[Tensor], usable: Tensor) -> list[Tensor]:
@@ -204,6 +207,7 @@ class QLROptimizer(CurvatureOptimizer):
     def _curvature(
         self,
         oracle: Oracle,
+        params: list[Tensor],
         direction: list[Tensor],
         squared: Tensor,
         gradient: "_Gradient",
@@ -212,8 +216,9 @@ class QLROptimizer(CurvatureOptimizer):
         """Return d^T C d, measured or carried over, and the slope of the model along d."""
         slope = vectors.dot(gradient.values, direction)
         unclipped = oracle.grad_slope(slope)
-        unit = self._curvature_unit(direction, squared)
         last = self._scalars.get("curvature_per_unit")
+        carried = int(group["curvature_update_interval"]) > 1
+        unit = self._curvature_unit(params, direction, squared) if carried else squared
         if self._curvature_due() or last is None:
             answer = oracle.directional(
                 direction,
@@ -229,15 +234,20 @@ class QLROptimizer(CurvatureOptimizer):
                 curvature = -curvature
             if unclipped is None:
                 unclipped = answer.slope.to(slope.dtype) * gradient.factor
-            fresh = curvature / unit
-            last = fresh if last is None else last
-            self._scalars["curvature_per_unit"] = torch.where(torch.isfinite(fresh), fresh, last)
+            if carried:
+                fresh = curvature / unit
+                last = fresh if last is None else last
+                sound = torch.isfinite(fresh)
+                self._scalars["curvature_per_unit"] = torch.where(sound, fresh, last)
         else:
             curvature = last * unit
-        return self._averaged_curvature(curvature, group), slope if unclipped is None else unclipped
+        slope = slope if unclipped is None else unclipped
+        return self._averaged_curvature(curvature, group), slope
 
-    def _curvature_unit(self, direction: list[Tensor], squared: Tensor) -> Tensor:
-        """Return what curvature is taken to be proportional to between two measurements."""
+    def _curvature_unit(
+        self, params: list[Tensor], direction: list[Tensor], squared: Tensor
+    ) -> Tensor:
+        """Return what d^T C d is taken to be proportional to between two measurements."""
         return squared
 
     def _averaged_curvature(self, curvature: Tensor, group: dict[str, Any]) -> Tensor:
@@ -284,22 +294,21 @@ class QLROptimizer(CurvatureOptimizer):
         top_lr: float,
         squared: Tensor,
         group: dict[str, Any],
-    ) -> tuple[Tensor, list[Tensor]]:
-        """Move the parameters; return the length used and the change, so that it can be undone."""
-        change = direction
+    ) -> tuple[Tensor, Tensor]:
+        """Move the parameters by ``-move * direction``; return the step length used, and move."""
         limit = group["update_clip_norm"]
-        if not group["decoupled_weight_decay"]:
-            # The reference adds the decay to the step: delta = alpha d + wd theta, times lr.
-            vectors.scale_(change, alpha)
-            for p, c, decay in zip(params, change, self._weight_decays(params), strict=True):
-                c.add_(p, alpha=decay)
-            factor = top_lr * _clip_factor(vectors.norm(change), limit)
-            vectors.scale_(change, factor)
-        else:
+        if group["decoupled_weight_decay"]:
             factor = top_lr * _clip_factor(alpha.abs() * squared.sqrt(), limit)
-            vectors.scale_(change, alpha * factor)
-        torch._foreach_sub_(params, change)
-        return alpha * factor, change
+            length, move = alpha * factor, alpha * factor
+        else:
+            # The reference adds the decay to the step: delta = alpha d + wd theta, times lr.
+            vectors.scale_(direction, alpha)
+            for p, d, decay in zip(params, direction, self._weight_decays(params), strict=True):
+                d.add_(p, alpha=decay)
+            move = top_lr * _clip_factor(vectors.norm(direction), limit)
+            length = alpha * move
+        vectors.add_scaled_(params, direction, -move)
+        return length, move
 
     def _weight_decays(self, params: list[Tensor]) -> list[float]:
         decays = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
@@ -324,7 +333,7 @@ class QLROptimizer(CurvatureOptimizer):
         oracle: Oracle,
         damping: Tensor,
         predicted: Tensor,
-        change: list[Tensor],
+        moved: tuple[list[Tensor], Tensor],
         backup: list[tuple[list[Tensor], list[Tensor]]] | None,
         group: dict[str, Any],
         stats: dict[str, Tensor],
@@ -349,8 +358,8 @@ class QLROptimizer(CurvatureOptimizer):
         else:
             kept = torch.isfinite(new_loss) | ~torch.isfinite(old_loss)
             # A step into an infinite loss is taken back.
-            vectors.scale_(change, (~kept).to(damping.dtype))
-            torch._foreach_add_(params, change)
+            direction, move = moved
+            vectors.add_scaled_(params, direction, torch.where(kept, torch.zeros_like(move), move))
             damping = levenberg_marquardt(damping, ratio, failed=~kept, **factors)
         return self._clamped(damping, group), kept
 
@@ -373,35 +382,6 @@ class QLROptimizer(CurvatureOptimizer):
     ) -> list[Tensor] | None:
         """Return the diagonal that stands for the curvature in q, before this step changes it."""
         return None
-
-    # Failures
-
-    def _count(self, usable: Tensor) -> None:
-        """Count unusable steps on the device; read the counts every ``max_failures`` steps."""
-        bad = self._as_scalar(~usable)
-        self._scalars["failures"] = (self._scalar("failures") + bad) * bad
-        self._scalars["skipped_steps"] = self._scalar("skipped_steps") + bad
-        limit = int(self.param_groups[0]["max_failures"])
-        if (self._steps_done + 1) % limit:
-            return
-        counts = torch.stack([self._scalars["failures"], self._scalars["skipped_steps"]])
-        failures, skipped = counts.tolist()
-        name = type(self).__name__
-        if failures >= limit:
-            history = {key: float(value) for key, value in self.stats.items()}
-            raise RuntimeError(
-                f"{name} found no usable step {int(failures)} times in a row: gradient or "
-                f"curvature was not finite. Last measurements: {history}. Look for NaN in the "
-                "data, lower max_lr, or raise min_damping."
-            )
-        if skipped and not self._warned_skips:
-            self._warned_skips = True
-            warnings.warn(
-                f"{name} skipped {int(skipped)} of {self._steps_done + 1} steps: gradient or "
-                "curvature was not finite. stats['skipped_steps'] goes on counting.",
-                RuntimeWarning,
-                stacklevel=2,
-            )
 
 
 class _Gradient(NamedTuple):
@@ -429,46 +409,3 @@ def _clip_factor(size: Tensor, limit: float | None) -> Tensor:
     if limit is None:
         return torch.ones_like(size)
     return (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
-
-
-def _check_arguments(a: dict[str, Any]) -> None:
-    """Check all hyper-parameters, in the order of the signature."""
-    check_positive("lr", a["lr"], zero=True)
-    if "betas" in a:
-        if not isinstance(a["betas"], (tuple, list)) or len(a["betas"]) != 2:  # noqa: PLR2004
-            raise ValueError(f"Invalid betas={a['betas']!r}: must be two numbers in [0, 1).")
-        check_in_range("betas[0]", a["betas"][0], 0, 1)
-        check_in_range("betas[1]", a["betas"][1], 0, 1)
-        check_positive("eps", a["eps"])
-    check_positive("damping", a["damping"], zero=True)
-    check_in_range("damping_increase_factor", a["damping_increase_factor"], 1, math.inf)
-    check_in_range(
-        "damping_decrease_factor",
-        a["damping_decrease_factor"],
-        0,
-        1,
-        include_low=False,
-        include_high=True,
-    )
-    check_positive("min_damping", a["min_damping"], zero=True)
-    check_in_range("max_damping", a["max_damping"], a["min_damping"], math.inf, include_high=True)
-    check_choice(
-        "damping_algorithm",
-        a["damping_algorithm"],
-        ("levenberg-marquardt", "decreasing-loss", "fixed"),
-    )
-    check_interval("damping_update_interval", a["damping_update_interval"])
-    check_choice("curvature", a["curvature"], ("fisher", "hessian"))
-    check_interval("curvature_update_interval", a["curvature_update_interval"])
-    for name in ("max_lr", "grad_clip_norm", "direction_clip", "update_clip_norm"):
-        if a[name] is not None:
-            check_positive(name, a[name])
-    check_positive("amplification", a["amplification"])
-    check_in_range("lr_ema", a["lr_ema"], 0, 1)
-    check_in_range("curvature_ema", a["curvature_ema"], 0, 1)
-    if a["curvature_ema_init"] is not None:
-        check_positive("curvature_ema_init", a["curvature_ema_init"])
-    check_positive("weight_decay", a["weight_decay"], zero=True)
-    models = ("taken", "derived", "adam", "adam-sqrt") if "betas" in a else ("taken", "derived")
-    check_choice("quad_model", a["quad_model"], models)
-    check_interval("max_failures", a["max_failures"])

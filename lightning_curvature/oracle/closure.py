@@ -76,7 +76,17 @@ class ClosureOracle(WindowOracle):
     ) -> None:
         super().__init__(params, module, directional=directional, mean=mean, contexts=contexts)
         self._unwrap = unwrap
+        # By identity, now: while forward mode runs the module shows other tensors.
+        self._owners = self.params if module is None else [*module.parameters()]
         self.recording = False
+
+    def missing(self) -> str | None:
+        """Tell the user what was needed when gradients came without a recorded loss."""
+        return (
+            "evaluates the loss again, which a loop without a closure does not allow. Call "
+            "optimizer.step(closure), where closure() zeroes the gradients, computes the loss, "
+            "runs backward and returns the loss."
+        )
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Run the closure once, watched, and return its result."""
@@ -90,7 +100,7 @@ class ClosureOracle(WindowOracle):
                 def watch(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
                     total = _total(tensors, weights)
                     record.terms += loss_terms(total, capture.calls)
-                    value = total.detach()
+                    value = total.detach().clone()
                     record.loss = value if record.loss is None else record.loss + value
                     original(tensors, weights, **rest)
 
@@ -111,15 +121,14 @@ class ClosureOracle(WindowOracle):
         def remember(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
             totals.append(_total(tensors, weights))
 
-        owner = self.params if self.module is None else [*self.module.parameters()]
-        grads = [p.grad for p in owner]
+        grads = [p.grad for p in self._owners]
         try:
-            for p in owner:
+            for p in self._owners:
                 p.grad = None
             with _backward_replaced(remember):
                 closure()
         finally:
-            for p, grad in zip(owner, grads, strict=True):
+            for p, grad in zip(self._owners, grads, strict=True):
                 p.grad = grad
         if not totals:
             return None

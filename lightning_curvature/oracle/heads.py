@@ -88,7 +88,9 @@ def bind_loss(raw: RawCall, inputs: tuple[str, ...] | None = None) -> BoundLoss:
             function, arguments = _declared_function(kind), named
         else:
             function = DECLARED[kind]
-            arguments = {**named, "reduction": arguments["reduction"]}
+            bound = _signature(function).bind(**named, reduction=arguments["reduction"])
+            bound.apply_defaults()
+            arguments = dict(bound.arguments)
     # Deprecated spellings of the reduction; torch resolves them in the same way.
     if arguments.pop("size_average", None) is False:
         arguments["reduction"] = "sum"

@@ -77,6 +77,13 @@ class ModelOracle(ClosureOracle):
             hook.remove()
         self._forward = None
 
+    def missing(self) -> str | None:
+        """Tell the user what was needed when gradients came without a recorded loss."""
+        return (
+            "found gradients without a recorded loss. Compute the loss with the function that "
+            "attach_model returned, on the output of the attached model, or pass a closure to step."
+        )
+
     def __deepcopy__(self, memo: dict[int, Any]) -> "ModelOracle":
         """Return itself: a copied model (an average of weights, say) is another model."""
         return self
@@ -134,7 +141,7 @@ class ModelOracle(ClosureOracle):
         record = PassRecord(run, forward.environment)
         record.terms = loss_terms(loss, capture.calls)
         record.num_calls = len(capture.calls)
-        value = loss.detach()
+        value = loss.detach().clone()
 
         def finish(weight: Tensor) -> None:
             scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()

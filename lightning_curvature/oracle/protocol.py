@@ -115,5 +115,12 @@ class Oracle(ABC):
     def clear(self) -> None:
         """Forget the recorded micro-batches; called after every optimizer step."""
 
+    def missing(self) -> str | None:
+        """Return what to tell the user when gradients came without a recorded loss.
+
+        None if that is no mistake: a training step may return nothing.
+        """
+        return None
+
     def close(self) -> None:  # noqa: B027 - most oracles hold nothing that must be undone
         """Undo what the oracle installed on the model; called by ``detach``."""

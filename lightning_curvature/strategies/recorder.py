@@ -186,7 +186,7 @@ class StepRecorder:
                 run=functools.partial(_run_again, training_step, args, kwargs),
                 environment=environment,
                 weight=1.0 if whole else 1.0 / self.trainer.accumulate_grad_batches,
-                loss=loss.detach(),
+                loss=loss.detach().clone(),
                 terms=loss_terms(loss, capture.calls),
                 num_calls=len(capture.calls),
             )

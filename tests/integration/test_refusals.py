@@ -4,7 +4,7 @@ Files under test: strategies/refusals.py, strategies/recorder.py, optim/base.py,
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -44,14 +44,26 @@ def _network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
 
 
+def pretend(trainer: Trainer, sharded: type) -> None:
+    """Let the single-device strategy pass for an instance of a sharded class, as mocks do."""
+
+    class Pretender(type(trainer.strategy)):
+        distributed_sampler_kwargs: ClassVar = {"num_replicas": 1, "rank": 0}
+
+        @property
+        def __class__(self) -> type:
+            return sharded
+
+    trainer.strategy.__class__ = Pretender
+    assert isinstance(trainer.strategy, sharded)
+
+
 @pytest.mark.parametrize("route", ["callback", "auto"])
 @pytest.mark.parametrize("sharded", SHARDED, ids=lambda cls: cls.__name__)
 def test_sharded_strategies_are_refused(sharded: type, route: str) -> None:
     """FSDP and its kind: before the first batch, naming the alternatives."""
     trainer = make_trainer(route)
-    # An instance of the sharded class that runs on one device: only what it is matters.
-    kind = type(f"Fake{sharded.__name__}", (type(trainer.strategy), sharded), {})
-    trainer.strategy.__class__ = kind
+    pretend(trainer, sharded)
     with pytest.raises(Exception, match="needs whole parameters on every rank") as refusal:
         trainer.fit(NeverStarts(_network(), AdamQLR), loader(vectors()))
     assert not isinstance(refusal.value, Ran)
@@ -62,7 +74,7 @@ def test_sharded_strategies_are_refused(sharded: type, route: str) -> None:
 def test_sharded_strategies_are_none_of_our_business_with_other_optimizers() -> None:
     """The entry point is in every environment: a plain optimizer must not notice it."""
     trainer = make_trainer("auto")
-    trainer.strategy.__class__ = type("Fake", (type(trainer.strategy), FSDPStrategy), {})
+    pretend(trainer, FSDPStrategy)
     with pytest.raises(Ran):
         trainer.fit(NeverStarts(_network(), torch.optim.AdamW), loader(vectors()))
 
@@ -312,6 +324,7 @@ def _patched(owner: Any, before: set[str]) -> list[str]:
     ]
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 @pytest.mark.parametrize("trouble", ["", "none", "raise"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_clean_up(route: str, trouble: str) -> None:
@@ -338,22 +351,25 @@ def test_clean_up(route: str, trouble: str) -> None:
 def test_a_module_can_be_fitted_again(route: str) -> None:
     """After a failed fit the same module and a new Trainer work."""
     module = Troubled(_network(), AdamQLR, trouble="raise")
+    data = loader(vectors())
     with pytest.raises(KeyError):
-        make_trainer(route).fit(module, loader(vectors()))
+        make_trainer(route).fit(module, data, data)
     module.trouble = ""
     trainer = make_trainer(route)
-    trainer.fit(module, loader(vectors()))
+    trainer.fit(module, data, data)
     assert trainer.global_step == 5
     trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, loader(vectors()))
+    trainer.fit(module, data, data)
     assert trainer.global_step == 10
 
 
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 def test_skipped_batch_is_no_step() -> None:
     """A batch without loss moves nothing and is not asked about."""
     module = Troubled(_network(), Probe, trouble="none")
     trainer = make_trainer("strategy")
-    trainer.fit(module, loader(vectors()))
+    data = loader(vectors())
+    trainer.fit(module, data, data)
     assert len(trainer.optimizers[0].deviations) == 4
 
 

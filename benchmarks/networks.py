@@ -1,0 +1,174 @@
+"""The networks whose steps are timed and weighed: stock LightningModules and batches for them."""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from lightning.pytorch import LightningModule
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.optim import Optimizer
+from typing_extensions import override
+
+__all__ = ["WORKLOADS", "Batch", "Classifier", "OptimizerFactory", "Workload"]
+
+Batch = tuple[Tensor, Tensor]
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+_IMAGE_CLASSES = 10
+_VOCABULARY = 128
+_POSITIONS = 64
+
+
+class Classifier(LightningModule):
+    """Trains a network with the mean cross-entropy over examples (and positions).
+
+    Args:
+        network: Gives logits ``[N, classes]`` or ``[N, positions, classes]``.
+        make_optimizer: Called with the parameters.
+    """
+
+    def __init__(self, network: nn.Module, make_optimizer: OptimizerFactory) -> None:
+        super().__init__()
+        self.network = network
+        self._make_optimizer = make_optimizer
+
+    @override
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Return the loss of a batch."""
+        inputs, labels = batch
+        logits = self.network(inputs)
+        return functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
+
+    @override
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer under test."""
+        return self._make_optimizer(self.parameters())
+
+
+class Transformer(nn.Module):
+    """Small causal transformer that predicts the next token.
+
+    Args:
+        width: Width of the residual stream.
+        layers: Number of layers.
+        dropout: Fraction dropped, in [0, 1).
+    """
+
+    def __init__(self, width: int = 128, layers: int = 3, dropout: float = 0.1) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(_VOCABULARY, width)
+        self.position = nn.Parameter(0.02 * torch.randn(_POSITIONS, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        self.norm = nn.LayerNorm(width)
+        self.head = nn.Linear(width, _VOCABULARY)
+        mask = nn.Transformer.generate_square_subsequent_mask(_POSITIONS)
+        self.register_buffer("mask", mask, persistent=False)
+
+    @override
+    def forward(self, tokens: Tensor) -> Tensor:
+        """Return the logits ``[N, positions, vocabulary]`` of tokens ``[N, positions]``."""
+        hidden = self.embedding(tokens) + self.position
+        hidden = self.layers(hidden, mask=self.mask, is_causal=True)
+        return self.head(self.norm(hidden))
+
+
+def _mlp() -> nn.Module:
+    return nn.Sequential(
+        nn.Linear(784, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, 1024),
+        nn.ReLU(),
+        nn.Linear(1024, _IMAGE_CLASSES),
+    )
+
+
+def _conv() -> nn.Module:
+    def block(channels_in: int, channels_out: int) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+        return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
+
+    return nn.Sequential(
+        *block(3, 32),
+        nn.MaxPool2d(2),
+        *block(32, 64),
+        nn.MaxPool2d(2),
+        *block(64, 128),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Linear(128, _IMAGE_CLASSES),
+    )
+
+
+def _random_images(count: int, *shape: int) -> Batch:
+    return torch.randn(count, *shape), torch.randint(_IMAGE_CLASSES, (count,))
+
+
+def _random_tokens(count: int) -> Batch:
+    tokens = torch.randint(_VOCABULARY, (count, _POSITIONS + 1))
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A network and how to draw a batch for it.
+
+    Attributes:
+        description: What it is, in words.
+        network: Makes the network.
+        draw: Draws a batch of the given number of examples.
+        batch_size: Its usual number of examples.
+        goal: Largest time of a step that asks everything, relative to AdamW.
+    """
+
+    description: str
+    network: Callable[[], nn.Module]
+    draw: Callable[[int], Batch]
+    batch_size: int
+    goal: float
+
+    def module(self, make_optimizer: OptimizerFactory, *, seed: int = 0) -> Classifier:
+        """Return a freshly initialized module.
+
+        Args:
+            make_optimizer: Called with the parameters.
+            seed: Seed of the weights.
+        """
+        torch.manual_seed(seed)
+        return Classifier(self.network(), make_optimizer)
+
+    def batches(self, count: int, *, batch_size: int | None = None, seed: int = 0) -> list[Batch]:
+        """Return some batches of random data.
+
+        Args:
+            count: How many.
+            batch_size: Examples in each, None for the usual number.
+            seed: Seed of the data.
+        """
+        torch.manual_seed(seed)
+        return [self.draw(batch_size or self.batch_size) for _ in range(count)]
+
+
+WORKLOADS = {
+    "mlp": Workload(
+        "MLP 784-1024-1024-10, batch 512", _mlp, lambda n: _random_images(n, 784), 512, 1.9
+    ),
+    "conv": Workload(
+        "3 convolutions with BatchNorm, 64 images [3, 32, 32]",
+        _conv,
+        lambda n: _random_images(n, 3, 32, 32),
+        64,
+        1.75,
+    ),
+    "transformer": Workload(
+        "3-layer causal transformer, dropout 0.1, 16 x 64 tokens",
+        Transformer,
+        _random_tokens,
+        16,
+        1.75,
+    ),
+}

@@ -1,0 +1,371 @@
+"""Time per optimizer step inside a Trainer, relative to torch AdamW.
+
+Every variant trains in a Trainer of its own. The Trainers take turns of ten steps, so that a slow
+spell of the machine hits all of them, and an optimizer that works harder on every tenth step is
+charged for it in full. Each turn is compared with AdamW's turn just before; the table shows the
+median of these ratios, and their quartiles. Every round starts anew from the same weights.
+
+    python benchmarks/step_time.py
+    python benchmarks/step_time.py --workloads transformer --rounds 6 --clock cpu
+"""
+
+import argparse
+import os
+import statistics
+import threading
+import time
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar
+
+# AdamW's Trainer must be a stock one.
+os.environ["LIGHTNING_CURVATURE_AUTO_ATTACH"] = "0"
+
+import lightning.pytorch as pl
+import torch
+from networks import WORKLOADS, OptimizerFactory, Workload
+from report import (
+    Measurement,
+    add_common_arguments,
+    append_csv,
+    markdown_table,
+    number,
+    verdict,
+)
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from typing_extensions import override
+
+from lightning_curvature import AdamQLR, CurvatureOptimizer
+
+RIVAL = "AdamW"
+CYCLE = 10
+_NEVER = 10**9
+_CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+_GOAL_THINNED = 1.12
+_GOAL_RECORDER = 1.03
+
+
+class AskingAdamW(CurvatureOptimizer):
+    """AdamW that is recorded as if it asked, but never asks: shows what recording costs.
+
+    Args:
+        params: Parameters to optimize.
+        records: Whether every step is recorded.
+    """
+
+    asks: ClassVar[frozenset[str]] = frozenset({"loss"})
+
+    def __init__(self, params: Iterable[nn.Parameter], *, records: bool) -> None:
+        super().__init__(params, {})
+        self._records = records
+        self._adamw = torch.optim.AdamW(self._all_params())
+
+    @override
+    def wants_record(self) -> bool:
+        """Tell whether to record the coming step."""
+        return self._records
+
+    @override
+    def _update(self, params: list[Tensor], oracle: Any) -> None:
+        self._adamw.step()
+
+
+@dataclass(frozen=True)
+class Variant:
+    """An optimizer and what is wished of it.
+
+    Attributes:
+        make_optimizer: Called with the parameters.
+        strategy: Strategy of its Trainer.
+        goal: Gives the largest ratio wished for on a workload, by its name; None for none.
+    """
+
+    make_optimizer: OptimizerFactory
+    strategy: str = "single_device_curvature"
+    goal: Callable[[str], float | None] = lambda name: None
+
+
+def _on_transformer(name: str) -> float | None:
+    return _GOAL_RECORDER if name == "transformer" else None
+
+
+VARIANTS = {
+    RIVAL: Variant(torch.optim.AdamW, "auto"),
+    "AdamQLR, everything every step": Variant(AdamQLR, goal=lambda name: WORKLOADS[name].goal),
+    "AdamQLR, both intervals 10": Variant(
+        partial(AdamQLR, curvature_update_interval=CYCLE, damping_update_interval=CYCLE),
+        goal=lambda name: _GOAL_THINNED,
+    ),
+    "AdamQLR, steps that ask nothing": Variant(
+        partial(AdamQLR, curvature_update_interval=_NEVER, damping_update_interval=_NEVER)
+    ),
+    "AdamW, recorder idle": Variant(partial(AskingAdamW, records=False), goal=_on_transformer),
+    "AdamW, recorded, never asked": Variant(
+        partial(AskingAdamW, records=True), goal=_on_transformer
+    ),
+}
+
+
+class Relay:
+    """Lets one of several threads run at a time, in turn.
+
+    Args:
+        runners: Number of threads.
+    """
+
+    def __init__(self, runners: int) -> None:
+        self._waiting = list(range(runners))
+        self._condition = threading.Condition()
+
+    def wait(self, runner: int) -> None:
+        """Wait for the turn of a runner."""
+        with self._condition:
+            self._condition.wait_for(lambda: self._waiting[0] == runner)
+
+    def hand_over(self, runner: int, *, leaves: bool = False) -> None:
+        """End the turn of a runner; ``leaves`` if it will not come back."""
+        with self._condition:
+            self._waiting.remove(runner)
+            if not leaves:
+                self._waiting.append(runner)
+            self._condition.notify_all()
+
+
+class CycleTimer(pl.Callback):
+    """Adds up the seconds spent in training batches over a cycle, then lets the others run.
+
+    Args:
+        pause: Returns when the next cycle may begin.
+        clock: Returns the time in seconds.
+
+    Attributes:
+        seconds: Mean seconds per step of every cycle.
+    """
+
+    def __init__(self, pause: Callable[[], None], clock: Callable[[], float]) -> None:
+        self.seconds: list[float] = []
+        self._pause = pause
+        self._clock = clock
+        self._steps: list[float] = []
+        self._start = 0.0
+
+    @override
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Start the clock."""
+        _synchronize(trainer)
+        self._start = self._clock()
+
+    @override
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Stop the clock."""
+        _synchronize(trainer)
+        self._steps.append(self._clock() - self._start)
+        if len(self._steps) == CYCLE:
+            self.seconds.append(statistics.fmean(self._steps))
+            self._steps = []
+            self._pause()
+
+
+def _synchronize(trainer: pl.Trainer) -> None:
+    if trainer.strategy.root_device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How to measure.
+
+    Attributes:
+        rounds: Number of rounds; each starts from fresh weights.
+        cycles: Cycles of ten steps per round.
+        warmup: Cycles before them that do not count.
+        batch_size: Examples per batch, None for the workload's own number.
+        device: "cpu" or "cuda".
+        clock: "wall" or "cpu".
+        seed: Seed of weights and data.
+        threads: Threads of torch.
+    """
+
+    rounds: int
+    cycles: int
+    warmup: int = 1
+    batch_size: int | None = None
+    device: str = "cpu"
+    clock: str = "wall"
+    seed: int = 0
+    threads: int = 1
+
+
+def train(
+    workload: Workload, variant: Variant, setting: Setting, relay: Relay, turn: int
+) -> list[float]:
+    """Train in a Trainer and return the mean seconds per step of every cycle.
+
+    Args:
+        workload: What to train.
+        variant: What to train it with.
+        setting: How to measure.
+        relay: Says when to run.
+        turn: Number of this runner.
+    """
+    relay.wait(turn)
+    try:
+        torch.set_num_threads(setting.threads)
+
+        def pause() -> None:
+            relay.hand_over(turn)
+            relay.wait(turn)
+
+        timer = CycleTimer(pause, _CLOCKS[setting.clock])
+        some = workload.batches(8, batch_size=setting.batch_size, seed=setting.seed)
+        steps = (setting.warmup + setting.cycles) * CYCLE
+        trainer = pl.Trainer(
+            accelerator="gpu" if setting.device == "cuda" else "cpu",
+            devices=1,
+            strategy=variant.strategy,
+            max_epochs=1,
+            callbacks=[timer],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = workload.module(variant.make_optimizer, seed=setting.seed)
+        repeated = [some[i % len(some)] for i in range(steps)]
+        trainer.fit(module, DataLoader(repeated, batch_size=None))  # type: ignore[arg-type]
+        return timer.seconds[setting.warmup :]
+    finally:
+        relay.hand_over(turn, leaves=True)
+
+
+def measure(workload: Workload, setting: Setting) -> dict[str, list[float]]:
+    """Return the mean seconds per step of every variant in every cycle of all rounds.
+
+    Args:
+        workload: What to train.
+        setting: How to measure.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    for _ in range(setting.rounds):
+        relay = Relay(len(VARIANTS))
+        with ThreadPoolExecutor(len(VARIANTS)) as pool:
+            runs = {
+                name: pool.submit(train, workload, variant, setting, relay, turn)
+                for turn, (name, variant) in enumerate(VARIANTS.items())
+            }
+        for name, run in runs.items():
+            seconds[name] += run.result()
+    return seconds
+
+
+def summarize(name: str, seconds: dict[str, list[float]]) -> tuple[str, list[Measurement]]:
+    """Return the table of a workload and its measurements.
+
+    Args:
+        name: Name of the workload.
+        seconds: Mean seconds per step, by variant and cycle.
+    """
+    rows, measurements = [], []
+    for variant, own in seconds.items():
+        ratios = sorted(a / b for a, b in zip(own, seconds[RIVAL], strict=True))
+        ratio = statistics.median(ratios)
+        quarter = len(ratios) // 4
+        goal = VARIANTS[variant].goal(name)
+        limit = float("nan") if goal is None else goal
+        rows.append(
+            [
+                variant,
+                number(1e3 * statistics.median(own), 4),
+                f"{ratio:.3f}",
+                f"{ratios[quarter]:.3f} ... {ratios[-1 - quarter]:.3f}",
+                number(limit),
+                verdict(ratio, limit),
+            ]
+        )
+        measurements.append(
+            Measurement(
+                "step_time",
+                WORKLOADS[name].description,
+                variant,
+                "seconds per step",
+                statistics.median(own),
+                RIVAL,
+                ratio,
+                limit,
+            )
+        )
+    header = ["optimizer", "ms per step", f"ratio to {RIVAL}", "quartiles", "goal", ""]
+    return markdown_table(header, rows), measurements
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run the benchmark.
+
+    Args:
+        argv: Arguments of the command line, None for those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        description="Time per optimizer step inside a Trainer, relative to torch AdamW."
+    )
+    parser.add_argument(
+        "--workloads",
+        nargs="+",
+        choices=list(WORKLOADS),
+        default=list(WORKLOADS),
+        help="what to train (default: all)",
+    )
+    parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument(
+        "--cycles", type=int, default=8, help="turns of ten steps per round (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch-size", type=int, help="examples per batch instead of each workload's own number"
+    )
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
+    parser.add_argument(
+        "--clock",
+        choices=list(_CLOCKS),
+        default="wall",
+        help="wall time, or time on the processor for a machine shared with others (with one "
+        "thread, and not for cuda)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    add_common_arguments(parser)
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    _quiet()
+
+    setting = Setting(
+        args.rounds,
+        args.cycles,
+        batch_size=args.batch_size,
+        device=args.device,
+        clock=args.clock,
+        seed=args.seed,
+        threads=args.threads,
+    )
+    measurements: list[Measurement] = []
+    for name in args.workloads:
+        seconds = measure(WORKLOADS[name], setting)
+        table, found = summarize(name, seconds)
+        measurements += found
+        print(f"\n### {WORKLOADS[name].description}\n\n{table}", flush=True)
+    append_csv(args.csv, measurements, device=args.device)
+
+
+def _quiet() -> None:
+    """Leave the Trainer's advice out of the tables."""
+    import logging
+
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+
+
+if __name__ == "__main__":
+    main()

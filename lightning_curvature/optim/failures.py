@@ -1,0 +1,65 @@
+"""Counts steps that could not be used, without waiting for the device."""
+
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+__all__ = ["FailureCounter"]
+
+
+class FailureCounter:
+    """Counts unusable steps on the device and reads the counts every ``limit`` steps.
+
+    Args:
+        name: Name of the optimizer, for messages.
+        limit: Failures in a row after which training stops.
+    """
+
+    def __init__(self, name: str, limit: int) -> None:
+        self.name = name
+        self.limit = limit
+        self._warned = False
+
+    def update(self, counts: dict[str, Tensor], usable: Tensor) -> None:
+        """Count one step.
+
+        Args:
+            counts: State with the keys "failures" (in a row) and "skipped_steps" (in all), 0-dim
+                tensors; replaced in place.
+            usable: Boolean 0-dim tensor: whether the step could be used.
+        """
+        bad = (~usable).to(counts["failures"].dtype)
+        counts["failures"] = (counts["failures"] + bad) * bad
+        counts["skipped_steps"] = counts["skipped_steps"] + bad
+
+    def check(self, counts: Mapping[str, Tensor], step: int, stats: Mapping[str, Tensor]) -> None:
+        """Warn of unusable steps, and stop after too many in a row.
+
+        Args:
+            counts: See `update`.
+            step: Number of the step, from 1; the counts are read if ``limit`` divides it.
+            stats: Last measurements, for the message.
+
+        Raises:
+            RuntimeError: After ``limit`` or more unusable steps in a row.
+        """
+        if step % self.limit:
+            return
+        failures, skipped = torch.stack([counts["failures"], counts["skipped_steps"]]).tolist()
+        if failures >= self.limit:
+            history = {key: float(value) for key, value in stats.items()}
+            raise RuntimeError(
+                f"{self.name} found no usable step {int(failures)} times in a row: gradient or "
+                f"curvature was not finite. Last measurements: {history}. Look for NaN in the "
+                "data, lower max_lr, or raise min_damping."
+            )
+        if skipped and not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"{self.name} skipped {int(skipped)} of {step} steps: gradient or curvature was "
+                "not finite. stats['skipped_steps'] goes on counting.",
+                RuntimeWarning,
+                stacklevel=4,
+            )

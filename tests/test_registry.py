@@ -1,0 +1,78 @@
+"""Tests of lightning_curvature/registry.py."""
+
+import dataclasses
+import inspect
+import re
+
+import pytest
+import torch
+
+import lightning_curvature
+from lightning_curvature import (
+    AdamQLR,
+    CurvatureOptimizer,
+    OptimizerInfo,
+    get_optimizer_info,
+    list_optimizers,
+)
+from lightning_curvature.oracle import WindowOracle
+
+
+def concrete(cls: type) -> set[type]:
+    """Return the subclasses of the package that can be instantiated."""
+    found = set()
+    for sub in cls.__subclasses__():
+        found |= concrete(sub)
+        if not inspect.isabstract(sub) and sub.__module__.startswith("lightning_curvature."):
+            found.add(sub)
+    return found
+
+
+def test_every_optimizer_has_one_row() -> None:
+    rows = list_optimizers()
+    assert {row.cls for row in rows} == concrete(CurvatureOptimizer)
+    assert len({row.name for row in rows}) == len(rows)
+    assert [row.name for row in rows] == sorted(row.name for row in rows)
+
+
+@pytest.mark.parametrize("row", list_optimizers(), ids=lambda row: row.name)
+def test_row(row: OptimizerInfo) -> None:
+    assert row.name == row.cls.__name__.lower()
+    assert row.asks == row.cls.asks
+    assert row.asks <= WindowOracle.capabilities
+    assert getattr(lightning_curvature, row.cls.__name__) is row.cls
+    assert row.cls.__name__ in lightning_curvature.__all__
+    assert re.fullmatch(r"\d{4}\.\d{5}", row.paper)
+    assert row.passes
+    assert row.summary.endswith(".")
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        row.copies = 99  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("row", list_optimizers(), ids=lambda row: row.name)
+def test_copies_of_the_parameters(row: OptimizerInfo) -> None:
+    """The number in the table is what the state of a real step holds."""
+    model = torch.nn.Linear(7, 3)
+    optimizer = row.cls(model.parameters())
+    criterion = optimizer.attach_model(model, torch.nn.MSELoss())
+    criterion(model(torch.randn(4, 7)), torch.randn(4, 3)).backward()
+    optimizer.step()
+    tensors = [
+        value
+        for state in optimizer.state.values()
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.dim() > 0
+    ]
+    size = sum(p.numel() for p in model.parameters())
+    assert sum(t.numel() for t in tensors) == row.copies * size
+
+
+@pytest.mark.parametrize("name", ["adamqlr", "AdamQLR", "ADAMQLR"])
+def test_lookup_in_any_case(name: str) -> None:
+    assert get_optimizer_info(name).cls is AdamQLR
+
+
+def test_unknown_name() -> None:
+    known = ", ".join(row.name for row in list_optimizers())
+    with pytest.raises(KeyError, match=f"Unknown optimizer 'adam': known are {known}"):
+        get_optimizer_info("adam")
