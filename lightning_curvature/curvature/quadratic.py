@@ -68,7 +68,7 @@ def step_length(
 
 def model_change(length: Tensor, slope: Tensor, kappa: Tensor) -> Tensor:
     """Return the predicted change q(t) of the loss; negative for a step that promises progress."""
-    return 0.5 * length * length * kappa - length * slope
+    return 0.5 * length * (length * kappa) - length * slope
 
 
 def reduction_ratio(new_loss: Tensor, old_loss: Tensor, predicted: Tensor) -> Tensor:

@@ -23,13 +23,13 @@ class Replay:
         contexts: Makers of contexts that every extra pass enters.
 
     Attributes:
-        names: Name of each parameter of the module, by ``id``.
+        parameters: Ids of the parameters of the module.
     """
 
     def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
         self.module = module
         self.contexts = tuple(contexts)
-        self.names = {} if module is None else {id(p): n for n, p in module.named_parameters()}
+        self.parameters = set() if module is None else {id(p) for p in module.parameters()}
 
     @contextmanager
     def running(self, record: PassRecord) -> Iterator[Tensor]:
@@ -70,22 +70,30 @@ class Replay:
         """
         if self.module is None:
             raise RuntimeError("Forward mode needs the module: call attach_model.")
-        named = {f"module.{self.names[key]}": value for key, value in values.items()}
-        wrapper = _Wrapper(self.module)
-        with extra_pass(self.module, record.environment, self.contexts):
-            total = torch.func.functional_call(wrapper, named, (record,))
-        return _present(total)
+        with _replaced(self.module, values), self.running(record) as total:
+            return total
 
 
-class _Wrapper(nn.Module):
-    """Lets `functional_call` replace parameters while a pass runs again."""
+@contextmanager
+def _replaced(module: nn.Module, values: dict[int, Tensor]) -> Iterator[None]:
+    """Put other tensors into the place of parameters, wherever a parameter is used.
 
-    def __init__(self, module: nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, record: PassRecord) -> Tensor | None:
-        return record.run()
+    Not `torch.func.functional_call`: it takes names, and a module registered under two of them
+    would keep the replacements.
+    """
+    slots = [
+        (part._parameters, name, parameter)
+        for part in module.modules()
+        for name, parameter in part._parameters.items()
+        if parameter is not None and id(parameter) in values
+    ]
+    try:
+        for slot, name, parameter in slots:
+            slot[name] = values[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for slot, name, parameter in slots:
+            slot[name] = parameter
 
 
 def _present(total: Tensor | None) -> Tensor:

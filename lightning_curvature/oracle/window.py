@@ -93,7 +93,7 @@ class WindowOracle(Oracle):
         self._tried: set[str] = set()
         self._warned: set[str] = set()
         if module is not None:
-            missing = sum(id(p) not in self._replay.names for p in self.params)
+            missing = sum(id(p) not in self._replay.parameters for p in self.params)
             if missing:
                 raise ValueError(
                     f"{missing} of {len(self.params)} optimized parameters are not in the attached "

@@ -3,6 +3,7 @@
 import json
 import math
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +60,7 @@ class Trajectory:
         """Build the network with the recorded initial parameters."""
         dims, activation = self.problem["dims"], ACTIVATIONS[self.problem["activation"]]
         layers: list[nn.Module] = []
-        for index, (d_in, d_out) in enumerate(zip(dims, dims[1:], strict=False)):
+        for index, (d_in, d_out) in enumerate(pairwise(dims)):
             layers += [nn.Linear(d_in, d_out, dtype=torch.float64), activation()]
             with torch.no_grad():
                 for parameter, value in zip(

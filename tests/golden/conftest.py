@@ -1,7 +1,7 @@
 """Where the recorded trajectories are.
 
-The folder is named by LIGHTNING_CURVATURE_GOLDEN (default: ../shared/golden beside the checkout). Tests
-take sizes and hyper-parameters from the files found there.
+The folder is named by LIGHTNING_CURVATURE_GOLDEN (default: ../shared/golden beside the checkout).
+Tests take sizes and hyper-parameters from the files found there.
 """
 
 import os

@@ -184,6 +184,19 @@ class SmallConv(nn.Module):
         return self.out(self.drop(hidden.flatten(1)))
 
 
+class Aliased(nn.Module):
+    """One submodule under two names, as in ``self.first = self.layers[0]``, used twice."""
+
+    def __init__(self, features: int = 5, classes: int = 4) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList([nn.Linear(features, features), nn.Linear(features, classes)])
+        self.first = self.layers[0]
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits, shape ``[batch, classes]``."""
+        return self.layers[1](torch.tanh(self.layers[0](torch.tanh(self.first(x)))))
+
+
 class UnusedParameter(nn.Module):
     """A linear map beside a parameter that no forward reads, so that it never gets a gradient."""
 
@@ -217,6 +230,7 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     "dropout": lambda: SmallConv(dropout=0.4),
     "batch-norm-dropout": lambda: SmallConv(batch_norm=True, dropout=0.4),
     "tied": TiedWeights,
+    "aliased": Aliased,
     "frozen-layer": _frozen,
     "unused-parameter": UnusedParameter,
 }

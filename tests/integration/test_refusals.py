@@ -49,6 +49,7 @@ def pretend(trainer: Trainer, sharded: type) -> None:
 
     class Pretender(type(trainer.strategy)):
         distributed_sampler_kwargs: ClassVar = {"num_replicas": 1, "rank": 0}
+        parallel_devices: ClassVar = [torch.device("cpu")]
 
         @property
         def __class__(self) -> type:
