@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -27,17 +28,26 @@ class Classifier(LightningModule):
     Args:
         network: Gives logits ``[N, classes]`` or ``[N, positions, classes]``.
         make_optimizer: Called with the parameters.
+        extra_forwards: Forward passes without a graph before each training step, for comparison.
     """
 
-    def __init__(self, network: nn.Module, make_optimizer: OptimizerFactory) -> None:
+    def __init__(
+        self, network: nn.Module, make_optimizer: OptimizerFactory, *, extra_forwards: int = 0
+    ) -> None:
         super().__init__()
         self.network = network
         self._make_optimizer = make_optimizer
+        self._extra_forwards = extra_forwards
 
     @override
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Return the loss of a batch."""
-        inputs, labels = batch
+        for _ in range(self._extra_forwards):
+            with torch.no_grad():
+                self._loss(*batch)
+        return self._loss(*batch)
+
+    def _loss(self, inputs: Tensor, labels: Tensor) -> Tensor:
         logits = self.network(inputs)
         return functional.cross_entropy(logits.flatten(0, -2), labels.flatten())
 
@@ -47,34 +57,63 @@ class Classifier(LightningModule):
         return self._make_optimizer(self.parameters())
 
 
+class Block(nn.Module):
+    """Pre-norm transformer block; dropout on its two residual branches.
+
+    Args:
+        width: Width of the residual stream.
+        heads: Number of attention heads.
+        dropout: Fraction dropped, in [0, 1).
+    """
+
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.project = nn.Linear(width, width)
+        self.mlp = nn.Sequential(
+            nn.LayerNorm(width),
+            nn.Linear(width, 4 * width),
+            nn.GELU(),
+            nn.Linear(4 * width, width),
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    @override
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Return the next hidden states, both ``[N, positions, width]``."""
+        qkv = self.qkv(self.attention_norm(hidden)).unflatten(-1, (3, self.heads, -1))
+        query, key, value = qkv.permute(2, 0, 3, 1, 4)
+        mixed = functional.scaled_dot_product_attention(query, key, value, is_causal=True)
+        hidden = hidden + self.dropout(self.project(mixed.transpose(1, 2).flatten(-2)))
+        return hidden + self.dropout(self.mlp(hidden))
+
+
 class Transformer(nn.Module):
     """Small causal transformer that predicts the next token.
 
     Args:
+        dropout: Fraction dropped, in [0, 1).
         width: Width of the residual stream.
         layers: Number of layers.
-        dropout: Fraction dropped, in [0, 1).
     """
 
-    def __init__(self, width: int = 128, layers: int = 3, dropout: float = 0.1) -> None:
+    def __init__(self, dropout: float, width: int = 128, layers: int = 3) -> None:
         super().__init__()
         self.embedding = nn.Embedding(_VOCABULARY, width)
         self.position = nn.Parameter(0.02 * torch.randn(_POSITIONS, width))
-        layer = nn.TransformerEncoderLayer(
-            width, 4, 4 * width, dropout, activation="gelu", batch_first=True, norm_first=True
+        self.blocks = nn.Sequential(
+            nn.Dropout(dropout),
+            *(Block(width, heads=4, dropout=dropout) for _ in range(layers)),
+            nn.LayerNorm(width),
+            nn.Linear(width, _VOCABULARY),
         )
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
-        self.norm = nn.LayerNorm(width)
-        self.head = nn.Linear(width, _VOCABULARY)
-        mask = nn.Transformer.generate_square_subsequent_mask(_POSITIONS)
-        self.register_buffer("mask", mask, persistent=False)
 
     @override
     def forward(self, tokens: Tensor) -> Tensor:
         """Return the logits ``[N, positions, vocabulary]`` of tokens ``[N, positions]``."""
-        hidden = self.embedding(tokens) + self.position
-        hidden = self.layers(hidden, mask=self.mask, is_causal=True)
-        return self.head(self.norm(hidden))
+        return self.blocks(self.embedding(tokens) + self.position)
 
 
 def _mlp() -> nn.Module:
@@ -88,16 +127,15 @@ def _mlp() -> nn.Module:
 
 
 def _conv() -> nn.Module:
-    def block(channels_in: int, channels_out: int) -> list[nn.Module]:
-        convolution = nn.Conv2d(channels_in, channels_out, 3, padding=1, bias=False)
+    def block(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
+        convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
         return [convolution, nn.BatchNorm2d(channels_out), nn.ReLU()]
 
     return nn.Sequential(
         *block(3, 32),
-        nn.MaxPool2d(2),
-        *block(32, 64),
-        nn.MaxPool2d(2),
-        *block(64, 128),
+        *block(32, 64, stride=2),
+        *block(64, 64),
+        *block(64, 128, stride=2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
         nn.Linear(128, _IMAGE_CLASSES),
@@ -131,15 +169,18 @@ class Workload:
     batch_size: int
     goal: float
 
-    def module(self, make_optimizer: OptimizerFactory, *, seed: int = 0) -> Classifier:
+    def module(
+        self, make_optimizer: OptimizerFactory, *, extra_forwards: int = 0, seed: int = 0
+    ) -> Classifier:
         """Return a freshly initialized module.
 
         Args:
             make_optimizer: Called with the parameters.
+            extra_forwards: See `Classifier`.
             seed: Seed of the weights.
         """
         torch.manual_seed(seed)
-        return Classifier(self.network(), make_optimizer)
+        return Classifier(self.network(), make_optimizer, extra_forwards=extra_forwards)
 
     def batches(self, count: int, *, batch_size: int | None = None, seed: int = 0) -> list[Batch]:
         """Return some batches of random data.
@@ -158,15 +199,22 @@ WORKLOADS = {
         "MLP 784-1024-1024-10, batch 512", _mlp, lambda n: _random_images(n, 784), 512, 1.9
     ),
     "conv": Workload(
-        "3 convolutions with BatchNorm, 64 images [3, 32, 32]",
+        "4 convolutions with BatchNorm, 64 images [3, 32, 32]",
         _conv,
         lambda n: _random_images(n, 3, 32, 32),
         64,
         1.75,
     ),
     "transformer": Workload(
-        "3-layer causal transformer, dropout 0.1, 16 x 64 tokens",
-        Transformer,
+        "3-layer transformer, dropout 0.1, 16 x 64 tokens",
+        partial(Transformer, 0.1),
+        _random_tokens,
+        16,
+        1.75,
+    ),
+    "transformer_without_dropout": Workload(
+        "3-layer transformer, no dropout, 16 x 64 tokens",
+        partial(Transformer, 0.0),
         _random_tokens,
         16,
         1.75,

@@ -1,9 +1,9 @@
 """Tasks of the AdamQLR paper (arXiv:2310.14963), beside the numbers of its official code.
 
-    python benchmarks/paper_tasks.py uci_energy --data DIR
-    python benchmarks/paper_tasks.py uci_protein --data DIR
-    python benchmarks/paper_tasks.py uci_protein --data DIR --batch 3200
-    python benchmarks/paper_tasks.py fashion_mnist --data DIR --png curves.png
+python benchmarks/paper_tasks.py uci_energy --data DIR
+python benchmarks/paper_tasks.py uci_protein --data DIR
+python benchmarks/paper_tasks.py uci_protein --data DIR --batch 3200
+python benchmarks/paper_tasks.py fashion_mnist --data DIR --png curves.png
 """
 
 import argparse

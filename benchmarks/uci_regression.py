@@ -316,9 +316,7 @@ def run(name: str, args: argparse.Namespace) -> None:
         start = time.perf_counter()
         runs = []
         for seed in range(args.seeds):
-            network = make_network(
-                problem.train[0].shape[1], task.hidden, seed=seed, dtype=dtype
-            )
+            network = make_network(problem.train[0].shape[1], task.hidden, seed=seed, dtype=dtype)
             losses = train(
                 problem,
                 network,

@@ -2,13 +2,15 @@
 
 Nothing is added but the import, so that ``--optimizer AdamQLR``,
 ``--trainer.strategy single_device_curvature`` and ``--trainer.callbacks+=CurvatureCallback`` work
-without a Python file, and one option, ``--test_after_fit``.
+without a Python file, and two options, ``--test_after_fit`` and ``--num_threads``.
 """
 
 import os
 import sys
 from typing import Any
 
+import torch
+from jsonargparse.typing import PositiveInt
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.utilities.model_helpers import is_overridden
 from typing_extensions import override
@@ -46,13 +48,27 @@ class CurvatureCLI(LightningCLI):
 
     @override
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add the option to test the trained model; every subcommand reads the same files."""
+        """Add the two options to every subcommand: all of them read the same files."""
         parser.add_argument(
             "--test_after_fit",
             type=bool,
             default=False,
             help="Whether `fit` ends with `trainer.test` of the weights it ended with.",
         )
+        parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of torch; by default as many as torch chooses. One is often the "
+            "fastest for small models.",
+        )
+
+    @override
+    def before_instantiate_classes(self) -> None:
+        """Set the number of threads before anything is computed."""
+        num_threads = self._get(self.config, "num_threads")
+        if num_threads is not None:
+            torch.set_num_threads(num_threads)
 
     def before_fit(self) -> None:
         """Say what is missing where the Trainer would only name a method."""

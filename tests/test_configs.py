@@ -4,17 +4,14 @@ import csv
 import math
 import re
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 import yaml
 
 from lightning_curvature.cli import CurvatureCLI
-from lightning_curvature.demos import DigitsClassifier, DigitsDataModule
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FRAGMENTS = sorted(
@@ -26,7 +23,6 @@ RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipe
 DIGITS = "recipes/digits_adamqlr.yaml"
 
 TARGET_ACCURACY = 0.96
-TARGET_SECONDS = 60.0
 COLUMNS = {
     "curvature/loss",
     "curvature/lr",
@@ -147,16 +143,13 @@ def test_recipe_trains_two_batches_and_tests(
 
 @pytest.mark.slow
 def test_digits_recipe_reaches_its_accuracy(run_python: Callable[..., Any], tmp_path: Path) -> None:
-    start = time.perf_counter()
     process = run_python(
         ["-m", "lightning_curvature", "fit", "-c", CONFIGS / DIGITS], env={"COLUMNS": "120"}
     )
-    seconds = time.perf_counter() - start
     assert process.returncode == 0, process.stdout + process.stderr
     accuracy = re.search(r"test_acc\D+([0-9.]+)", process.stdout)
     assert accuracy is not None, process.stdout
     assert float(accuracy[1]) >= TARGET_ACCURACY
-    assert seconds < TARGET_SECONDS
 
     (table,) = tmp_path.rglob("metrics.csv")
     with table.open(newline="") as file:
@@ -167,38 +160,3 @@ def test_digits_recipe_reaches_its_accuracy(run_python: Callable[..., Any], tmp_
     (picture,) = tmp_path.rglob("curvature.png")
     assert picture.parent == table.parent
     assert list(tmp_path.rglob("events.out.tfevents.*"))
-
-
-def test_digits_split_is_fixed_and_disjoint() -> None:
-    first, second = DigitsDataModule(batch_size=2000), DigitsDataModule(batch_size=2000)
-    first.setup("fit")
-    torch.manual_seed(7)
-    second.setup("test")
-    sizes = []
-    for loader in ("val_dataloader", "test_dataloader"):
-        (ours,), (theirs,) = list(getattr(first, loader)()), list(getattr(second, loader)())
-        assert torch.equal(ours[0], theirs[0])
-        sizes.append(len(ours[0]))
-    assert sizes == [180, 359]
-    assert len(first.train_dataloader().dataset) == 1797 - 180 - 359  # type: ignore[arg-type]
-    images, labels = next(iter(first.test_dataloader()))
-    assert images.shape[1:] == (1, 8, 8)
-    assert 0 <= images.min() < images.max() <= 1
-    assert set(labels.tolist()) == set(range(10))
-
-
-def test_digits_without_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
-    with pytest.raises(ModuleNotFoundError, match=r'pip install "lightning-curvature\[demo\]"'):
-        DigitsDataModule().setup("fit")
-
-
-def test_digits_errors() -> None:
-    with pytest.raises(RuntimeError, match=r"has no data yet: call setup\(stage\) first"):
-        DigitsDataModule().train_dataloader()
-    with pytest.raises(ValueError, match="Invalid batch_size=0"):
-        DigitsDataModule(batch_size=0)
-    with pytest.raises(ValueError, match="Invalid channels=0"):
-        DigitsClassifier(channels=0)
-    with pytest.raises(ValueError, match=r"Invalid dropout=1\.0: must be in \[0, 1\)"):
-        DigitsClassifier(dropout=1.0)

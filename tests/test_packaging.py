@@ -108,8 +108,7 @@ def test_optimizer_table_of_the_readme(repo_root: Path) -> None:
         if line.startswith("| `")
         and (cells := [cell.strip() for cell in line.strip("|").split("|")])
     }
-    for name in lightning_curvature.list_optimizers():
-        info = lightning_curvature.get_optimizer_info(name)
+    for info in lightning_curvature.list_optimizers():
         asks, _, copies, *_ = rows[info.cls.__name__]
         assert set(re.findall(r"`(\w+)`", asks)) == info.asks
         assert int(copies.split()[0]) == info.copies

@@ -66,13 +66,14 @@ class AdamQLR(QLROptimizer):
         curvature: Matrix in the quadratic model. "fisher" is positive semi-definite; "hessian" is
             exact, may be negative, and costs a double backward.
         curvature_update_interval: Optimizer steps between two measurements of the curvature. In
-            between the last d^T C d is carried over in proportion to <m, d>, the squared length of
-            d in Adam's own metric.
+            between, the running average of the measured step lengths (see ``lr_ema``) is carried
+            over, never below 0; d^T C d itself varies far more from step to step.
         max_lr: Largest absolute derived step length before ``amplification``; None for none, as in
             the paper. The softmax Fisher vanishes when predictions saturate, and without a cap the
             step then explodes: leave it on below about 1000 examples per batch.
         amplification: Factor on the derived step length; > 0.
-        lr_ema: Weight of the old value in a running average of the step length; in [0, 1).
+        lr_ema: Weight of the old value in a running average of the step length; in [0, 1). None for
+            0 if the curvature is measured on every step and 0.8 otherwise.
         curvature_ema: Weight of the old value in a running average of d^T C d; in [0, 1).
         curvature_ema_init: Start of that average; None for the first measurement. The official code
             starts from 1e7, which keeps the first steps tiny.
@@ -103,8 +104,8 @@ class AdamQLR(QLROptimizer):
 
     Example:
         >>> import torch
-        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8,
-        2))
+        >>> layers = torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
+        >>> model = torch.nn.Sequential(*layers)
         >>> optimizer = AdamQLR(model.parameters())
         >>> criterion = optimizer.attach_model(model, torch.nn.CrossEntropyLoss())
         >>> x, y = torch.randn(32, 3), torch.randint(2, (32,))
@@ -136,7 +137,7 @@ class AdamQLR(QLROptimizer):
         curvature_update_interval: int = 1,
         max_lr: float | None = 0.1,
         amplification: float = 1.0,
-        lr_ema: float = 0.0,
+        lr_ema: float | None = None,
         curvature_ema: float = 0.0,
         curvature_ema_init: float | None = None,
         saddle_free: bool = False,
@@ -214,16 +215,6 @@ class AdamQLR(QLROptimizer):
                 eps=group["eps"],
             )
         return direction
-
-    def _curvature_unit(
-        self, params: list[Tensor], direction: list[Tensor], squared: Tensor
-    ) -> Tensor:
-        # |d|^2 in Adam's own metric, sqrt(v_hat) + eps. It predicts d^T C d better than |d|^2 does
-        # (docs/how-to/adamqlr.md, "Intervals").
-        state = self.state[params[0]]
-        correction: Tensor = 1 - self.param_groups[0]["betas"][0] ** state["step"].clamp_min(1.0)
-        moments = [self.state[p]["exp_avg"] for p in params]
-        return vectors.dot(moments, direction) / correction
 
     def _old_second_moments(
         self, params: list[Tensor], group: dict[str, Any]

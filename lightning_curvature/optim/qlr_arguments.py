@@ -54,7 +54,8 @@ def check_arguments(a: dict[str, Any]) -> None:
         if a[name] is not None:
             check_positive(name, a[name])
     check_positive("amplification", a["amplification"])
-    check_in_range("lr_ema", a["lr_ema"], 0, 1)
+    if a["lr_ema"] is not None:
+        check_in_range("lr_ema", a["lr_ema"], 0, 1)
     check_in_range("curvature_ema", a["curvature_ema"], 0, 1)
     if a["curvature_ema_init"] is not None:
         check_positive("curvature_ema_init", a["curvature_ema_init"])

@@ -36,10 +36,12 @@ class SGDQLR(QLROptimizer):
         damping_update_interval: Optimizer steps between two adaptations of the damping.
         curvature: Matrix in the quadratic model; see `AdamQLR`.
         curvature_update_interval: Optimizer steps between two measurements of the curvature. In
-            between the last curvature per squared length of d is used.
+            between, the running average of the measured step lengths (see ``lr_ema``) is carried
+            over, never below 0.
         max_lr: Largest absolute derived step length before ``amplification``; None for none.
         amplification: Factor on the derived step length; > 0.
-        lr_ema: Weight of the old value in a running average of the step length; in [0, 1).
+        lr_ema: Weight of the old value in a running average of the step length; in [0, 1). None for
+            0 if the curvature is measured on every step and 0.8 otherwise.
         curvature_ema: Weight of the old value in a running average of d^T C d; in [0, 1).
         curvature_ema_init: Start of that average; None for the first measurement.
         saddle_free: Whether to divide by the absolute value of the damped curvature.
@@ -87,7 +89,7 @@ class SGDQLR(QLROptimizer):
         curvature_update_interval: int = 1,
         max_lr: float | None = 1.0,
         amplification: float = 1.0,
-        lr_ema: float = 0.0,
+        lr_ema: float | None = None,
         curvature_ema: float = 0.0,
         curvature_ema_init: float | None = None,
         saddle_free: bool = False,

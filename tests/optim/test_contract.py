@@ -1,0 +1,402 @@
+"""The contract of every optimizer in lightning_curvature/registry.py: training in plain PyTorch."""
+
+import gc
+import re
+import warnings
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
+from tests.helpers.plain_loop import (
+    CLASSES,
+    FEATURES,
+    HIDDEN,
+    OUTPUTS,
+    Loop,
+    classification,
+    half_mse,
+    network,
+    regression,
+)
+
+# The loss falls
+
+
+class Point(nn.Module):
+    """Parameters that are looked at through a function."""
+
+    def __init__(self, start: list[float], look: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor(start, dtype=torch.float64))
+        self.look = look
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.look(self.at)
+
+
+def ellipse(at: Tensor) -> Tensor:
+    """Residuals of a quadratic with condition number 100."""
+    return at * torch.tensor([1.0, 10.0, 3.0], dtype=torch.float64)
+
+
+def rosenbrock(at: Tensor) -> Tensor:
+    """Residuals of the Rosenbrock function with a = 1, b = 100."""
+    return torch.stack([1 - at[0], 10 * (at[1] - at[0] ** 2)])
+
+
+@every_optimizer
+@pytest.mark.parametrize(
+    ("look", "start", "steps", "factor"),
+    [(ellipse, [1.0, 1.0, -2.0], 100, 1e-3), (rosenbrock, [1.0, -1.0], 100, 1e-2)],
+)
+def test_loss_falls_on_residuals(
+    contract: Contract,
+    look: Callable[[Tensor], Tensor],
+    start: list[float],
+    steps: int,
+    factor: float,
+) -> None:
+    loop = Loop(Point(start, look), contract.make, half_mse, directional="auto")
+    nothing = torch.zeros(1, dtype=torch.float64)
+    target = torch.zeros(len(look(loop.model.at)), dtype=torch.float64)
+    losses = loop.train([(nothing, target)] * steps)
+    assert losses[-1] < factor * losses[0]
+
+
+@every_optimizer
+@pytest.mark.parametrize("task", ["classification", "regression"])
+def test_loss_falls_on_a_network(contract: Contract, task: str) -> None:
+    if task == "classification":
+        data = classification(4, batch=16, dtype=torch.float32)
+        loop = Loop(network(dtype=torch.float32), contract.make, directional="auto")
+    else:
+        data = regression(4, batch=16, dtype=torch.float32)
+        model = network(OUTPUTS, dtype=torch.float32)
+        loop = Loop(model, contract.make, half_mse, directional="auto")
+    losses = loop.train(data * 10)
+    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+
+
+# Closures
+
+
+@every_optimizer
+@pytest.mark.parametrize("attached", [True, False])
+def test_the_closure_is_called_once(contract: Contract, attached: bool) -> None:
+    """In a step it is run with gradients on, once; extra passes of it run no backward."""
+    model = network()
+    optimizer = contract.make(model.parameters())
+    criterion = F.cross_entropy
+    if attached:
+        criterion = optimizer.attach_model(model, F.cross_entropy)
+    (x, y), *_ = classification(1)
+    backwards: list[bool] = []
+    model[0].weight.register_post_accumulate_grad_hook(lambda p: backwards.append(True))
+    calls: list[bool] = []
+
+    def closure() -> Tensor:
+        calls.append(torch.is_grad_enabled())
+        optimizer.zero_grad()
+        loss = criterion(model(x), y)
+        loss.backward()
+        return loss
+
+    before = [p.detach().clone() for p in model.parameters()]
+    with warnings.catch_warnings():
+        if not attached:
+            warnings.filterwarnings("ignore", message=".*has only a closure to ask.*")
+        loss = optimizer.step(closure)
+    assert len(backwards) == 1
+    assert isinstance(loss, Tensor)
+    assert loss.item() == pytest.approx(float(F.cross_entropy(_with(model, before, x), y)))
+    assert calls[0] is True
+    if attached and not contract.info.asks:
+        assert len(calls) == 1
+    assert not torch.equal(before[0], model[0].weight)
+
+
+def _with(model: nn.Module, values: list[Tensor], x: Tensor) -> Tensor:
+    named = dict(zip((name for name, _ in model.named_parameters()), values, strict=True))
+    return torch.func.functional_call(model, named, (x,))
+
+
+@every_optimizer
+def test_a_bare_closure_trains_and_says_what_it_lacks(contract: Contract) -> None:
+    if not contract.info.asks:
+        pytest.skip("asks nothing")
+    model = network()
+    optimizer = contract.make(model.parameters())
+    (x, y), *_ = classification(1, batch=32)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    text = (
+        f"{contract.info.cls.__name__} has only a closure to ask: curvature comes from finite "
+        "differences, and BatchNorm statistics and metrics see every extra pass. "
+        "optimizer.attach_model(model, loss_fn) removes both limits."
+    )
+    with pytest.warns(RuntimeWarning, match=f"^{re.escape(text)}$") as record:
+        losses = [optimizer.step(closure).item() for _ in range(30)]
+    assert len(record) == 1
+    assert record[0].filename == __file__
+    assert losses[-1] < 0.5 * losses[0]
+
+
+# Missing gradients
+
+
+@every_optimizer
+@pytest.mark.parametrize("frozen", [0, 2])
+def test_parameters_without_a_gradient_stay(contract: Contract, frozen: int) -> None:
+    """Frozen for a while, then trained."""
+    batches = classification(6, batch=32)
+    loop = Loop(network(), contract.make)
+    loop.model[frozen].requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in loop.model.named_parameters()}
+    loop.train(batches[:3])
+    for name, p in loop.model.named_parameters():
+        assert torch.equal(p, before[name]) == name.startswith(str(frozen)), name
+    loop.model[frozen].requires_grad_(True)
+    loop.train(batches[3:])
+    for name, p in loop.model.named_parameters():
+        assert not torch.equal(p, before[name]), name
+        assert bool(torch.isfinite(p).all())
+
+
+@every_optimizer
+def test_an_unused_parameter_stays(contract: Contract) -> None:
+    class WithUnused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.unused = nn.Parameter(torch.ones(2, dtype=torch.float64))
+            self.used = network()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.used(x)
+
+    plain = Loop(network(), contract.make)
+    loop = Loop(WithUnused(), contract.make)
+    batches = classification(3)
+    assert loop.train(batches) == plain.train(batches)
+    assert torch.equal(loop.model.unused, torch.ones(2, dtype=torch.float64))
+
+
+@every_optimizer
+def test_a_step_without_any_gradient_changes_nothing(contract: Contract) -> None:
+    (batch,) = classification(1)
+    for trained_before in (False, True):
+        loop = Loop(network(), contract.make)
+        if trained_before:
+            loop.step(*batch)
+        weights, state = loop.theta(), state_tensors(loop.optimizer)
+        steps = loop.optimizer.state_dict()["curvature"]["steps_done"]
+        loop.optimizer.zero_grad()
+        assert loop.optimizer.step() is None
+        assert torch.equal(loop.theta(), weights)
+        after = state_tensors(loop.optimizer)
+        assert after.keys() == state.keys()
+        assert all(torch.equal(after[name], state[name]) for name in state)
+        assert loop.optimizer.state_dict()["curvature"]["steps_done"] == steps
+        loop.step(*batch)
+        assert not torch.equal(loop.theta(), weights)
+
+
+@every_optimizer
+@pytest.mark.parametrize("kind", ["complex", "sparse"])
+def test_unsupported_tensors_are_refused(contract: Contract, kind: str) -> None:
+    name = contract.info.cls.__name__
+    if kind == "complex":
+        parameter = nn.Parameter(torch.ones(2, dtype=torch.complex64))
+        with pytest.raises(TypeError, match=f"^{name} does not support complex parameters.$"):
+            contract.make([parameter])
+        optimizer = contract.make([nn.Parameter(torch.ones(2))])
+        with pytest.raises(TypeError, match=f"^{name} does not support complex parameters.$"):
+            optimizer.add_param_group({"params": [parameter]})
+        assert len(optimizer.param_groups) == 1
+        return
+    model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
+    loop = Loop(model, contract.make, directional="auto")
+    before = loop.theta()
+    with pytest.raises(RuntimeError, match=f"^{name} does not support sparse gradients.$"):
+        loop.step(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))
+    assert torch.equal(loop.theta(), before)
+
+
+# Memory and the device
+
+
+class Reads(TorchDispatchMode):
+    """Counts the operators that wait for the device: they give Python a number or a shape."""
+
+    NAMES = ("_local_scalar_dense", "is_nonzero", "equal", "nonzero", "masked_select", "unique")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.overloadpacket.__name__
+        if name.startswith(self.NAMES) or (name == "index" and _has_mask(args)):
+            self.found.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def _has_mask(args: Any) -> bool:
+    return any(isinstance(i, Tensor) and i.dtype is torch.bool for i in args[1])
+
+
+class Copies(TorchFunctionMode):
+    """Counts the methods that copy a tensor to the host without an operator of their own."""
+
+    NAMES = ("tolist", "numpy", "cpu", "__array__")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: list[str] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__name__", "") in self.NAMES:
+            self.found.append(func.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def reads_of(loop: Loop) -> list[str]:
+    """Take the step that was prepared and list what was read from the device."""
+    with Reads() as reads, Copies() as copies:
+        loop.optimizer.step()
+    return reads.found + copies.found
+
+
+SYNC_OPTIONS: list[dict[str, Any]] = [
+    {},
+    {"curvature": "hessian"},
+    {"damping_algorithm": "decreasing-loss", "quad_model": "derived"},
+    {
+        "grad_clip_norm": 1.0,
+        "direction_clip": 1.0,
+        "update_clip_norm": 1.0,
+        "weight_decay": 0.1,
+        "lr_ema": 0.5,
+        "curvature_ema": 0.5,
+        "maximize": True,
+        "foreach": False,
+    },
+    {"weight_decay": 0.1, "decoupled_weight_decay": False, "curvature_update_interval": 2},
+]
+
+
+@every_optimizer
+@pytest.mark.parametrize("options", SYNC_OPTIONS)
+@pytest.mark.parametrize("directional", ["jvp", "fd"])
+def test_a_step_does_not_wait_for_the_device(
+    contract: Contract, options: dict[str, Any], directional: str
+) -> None:
+    accepted = contract.info.cls.__init__.__annotations__
+    if not set(options) <= set(accepted):
+        pytest.skip("arguments of another optimizer")
+    dtype = torch.float32
+    make = contract.making(**options, **contract.quiet)
+    groups = lambda model: [  # noqa: E731
+        {"params": model[0].parameters(), "lr": 0.5},
+        {"params": model[2].parameters()},
+    ]
+    loop = Loop(network(dtype=dtype), make, directional=directional, groups=groups)
+    reads = []
+    for x, y in classification(6, dtype=dtype):
+        loop.backward(x, y)
+        reads.append(reads_of(loop))
+    # The self-check reads at the first ask, so this also proves that reading is noticed.
+    assert bool(reads[0]) == bool(contract.info.asks)
+    assert reads[1:] == [[]] * 5
+
+
+@every_optimizer
+def test_reading_steps_come_at_the_announced_interval(contract: Contract) -> None:
+    """The self-check reads every 50th ask."""
+    if not contract.info.asks:
+        pytest.skip("asks nothing")
+    loop = Loop(network(), contract.making(**contract.quiet))
+    (x, y), *_ = classification(1)
+    reading = []
+    for step in range(1, 103):
+        loop.backward(x, y)
+        if reads_of(loop):
+            reading.append(step)
+    assert reading == [1, 50, 100]
+
+
+@every_optimizer
+def test_no_leak(contract: Contract) -> None:
+    """The number of live tensors is flat over 50 steps, and no batch outlives its step."""
+    loop = Loop(network(), contract.make)
+    (x, y), *_ = classification(1)
+
+    def live() -> int:
+        gc.collect()
+        return sum(isinstance(thing, Tensor) for thing in gc.get_objects())
+
+    counts = []
+    for step in range(50):
+        batch = x.clone()
+        loop.step(batch, y)
+        forgotten = weakref.ref(batch)
+        del batch
+        loop.optimizer.zero_grad()
+        if step in (9, 29, 49):
+            counts.append(live())
+            assert forgotten() is None
+    assert counts[0] == counts[1] == counts[2]
+
+
+@every_optimizer
+def test_gradients_keep_no_graph(contract: Contract) -> None:
+    loop = Loop(network(), contract.make)
+    loop.train(classification(2))
+    tensors = [*state_tensors(loop.optimizer).values(), *loop.optimizer.stats.values()]
+    assert not any(tensor.requires_grad for tensor in tensors)
+    assert all(p.grad.grad_fn is None and p.is_leaf for p in loop.model.parameters())
+
+
+@every_optimizer
+def test_gradients_are_as_the_backward_left_them(contract: Contract) -> None:
+    """Callbacks and monitors read them after the step."""
+    loop = Loop(network(), contract.make)
+    for x, y in classification(2):
+        loop.backward(x, y)
+        before = [p.grad.clone() for p in loop.model.parameters()]
+        loop.optimizer.step()
+        for p, grad in zip(loop.model.parameters(), before, strict=True):
+            assert torch.equal(p.grad, grad)
+
+
+@every_optimizer
+def test_shapes(contract: Contract) -> None:
+    """0-dim, empty and one-element parameters."""
+
+    class Odd(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scale = nn.Parameter(torch.tensor(1.0, dtype=torch.float64))
+            self.empty = nn.Parameter(torch.zeros(0, dtype=torch.float64))
+            self.first = nn.Linear(FEATURES, HIDDEN, dtype=torch.float64)
+            self.out = nn.Linear(HIDDEN, CLASSES, dtype=torch.float64)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.scale * self.out(torch.tanh(self.first(x))) + self.empty.sum()
+
+    loop = Loop(Odd(), contract.make)
+    losses = loop.train(classification(1, batch=32) * 20)
+    assert losses[-1] < 0.7 * losses[0]
+    assert loop.model.scale.item() != 1.0
