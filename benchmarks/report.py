@@ -3,8 +3,10 @@
 import argparse
 import csv
 import datetime
+import logging
 import math
 import platform
+import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -22,6 +24,7 @@ __all__ = [
     "describe_environment",
     "markdown_table",
     "number",
+    "quiet_trainers",
     "verdict",
 ]
 
@@ -177,3 +180,11 @@ def verdict(value: float, goal: float, *, slack: float = 0.0) -> str:
     if math.isnan(goal):
         return ""
     return "pass" if value <= goal * (1 + slack) else "FAIL"
+
+
+def quiet_trainers() -> None:
+    """Leave the Trainers' advice out of the tables."""
+    for package in ("lightning.pytorch", "lightning.fabric"):
+        logging.getLogger(package).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
+    warnings.filterwarnings("ignore", category=FutureWarning)

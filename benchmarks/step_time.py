@@ -1,9 +1,10 @@
 """Time per optimizer step inside a Trainer, relative to torch AdamW.
 
-Every variant trains in a Trainer of its own. The Trainers take turns of ten steps, so that a slow
-spell of the machine hits all of them, and an optimizer that works harder on every tenth step is
-charged for it in full. Each turn is compared with AdamW's turn just before; the table shows the
-median of these ratios, and their quartiles. Every round starts anew from the same weights.
+Every variant trains in a Trainer of its own. The Trainers take turns after every step, so that a
+slow spell of the machine hits all of them. Ten steps in a row of a variant make a cycle, so that an
+optimizer that works harder on every tenth step is charged for it in full. A cycle is compared with
+AdamW's cycle of the same time; the table shows the median of these ratios, and their quartiles.
+Every round starts anew from the same weights.
 
 AdamW with two bare forward passes per step is what a step that asks everything costs at the very
 least: one pass for the curvature, one for the reduction ratio.
@@ -17,7 +18,6 @@ import os
 import statistics
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -36,6 +36,7 @@ from report import (
     append_csv,
     markdown_table,
     number,
+    quiet_trainers,
     verdict,
 )
 from torch import Tensor, nn
@@ -141,22 +142,21 @@ class Relay:
             self._condition.notify_all()
 
 
-class CycleTimer(pl.Callback):
-    """Adds up the seconds spent in training batches over a cycle, then lets the others run.
+class StepTimer(pl.Callback):
+    """Collects the seconds spent in training batches and lets others run after each of them.
 
     Args:
-        pause: Returns when the next cycle may begin.
+        pause: Returns when the next step may begin.
         clock: Returns the time in seconds.
 
     Attributes:
-        seconds: Mean seconds per step of every cycle.
+        seconds: Seconds of every step.
     """
 
     def __init__(self, pause: Callable[[], None], clock: Callable[[], float]) -> None:
         self.seconds: list[float] = []
         self._pause = pause
         self._clock = clock
-        self._steps: list[float] = []
         self._start = 0.0
 
     @override
@@ -169,11 +169,8 @@ class CycleTimer(pl.Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Stop the clock."""
         _synchronize(trainer)
-        self._steps.append(self._clock() - self._start)
-        if len(self._steps) == CYCLE:
-            self.seconds.append(statistics.fmean(self._steps))
-            self._steps = []
-            self._pause()
+        self.seconds.append(self._clock() - self._start)
+        self._pause()
 
 
 def _synchronize(trainer: pl.Trainer) -> None:
@@ -221,12 +218,14 @@ def train(
     relay.wait(turn)
     try:
         torch.set_num_threads(setting.threads)
+        # Numbers close to zero take the processor far longer: the times would depend on the values.
+        torch.set_flush_denormal(True)
 
         def pause() -> None:
             relay.hand_over(turn)
             relay.wait(turn)
 
-        timer = CycleTimer(pause, _CLOCKS[setting.clock])
+        timer = StepTimer(pause, _CLOCKS[setting.clock])
         some = workload.batches(8, batch_size=setting.batch_size, seed=setting.seed)
         steps = (setting.warmup + setting.cycles) * CYCLE
         trainer = pl.Trainer(
@@ -245,7 +244,8 @@ def train(
         )
         repeated = [some[i % len(some)] for i in range(steps)]
         trainer.fit(module, DataLoader(repeated, batch_size=None))  # type: ignore[arg-type]
-        return timer.seconds[setting.warmup :]
+        starts = range(setting.warmup * CYCLE, steps, CYCLE)
+        return [statistics.fmean(timer.seconds[start : start + CYCLE]) for start in starts]
     finally:
         relay.hand_over(turn, leaves=True)
 
@@ -328,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--cycles", type=int, default=8, help="turns of ten steps per round (default: %(default)s)"
+        "--cycles", type=int, default=8, help="cycles of ten steps per round (default: %(default)s)"
     )
     parser.add_argument(
         "--batch-size", type=int, help="examples per batch instead of each workload's own number"
@@ -345,7 +345,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    _quiet()
+    quiet_trainers()
 
     setting = Setting(
         args.rounds,
@@ -363,16 +363,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         measurements += found
         print(f"\n### {WORKLOADS[name].description}\n\n{table}", flush=True)
     append_csv(args.csv, measurements, device=args.device)
-
-
-def _quiet() -> None:
-    """Leave the Trainer's advice out of the tables."""
-    import logging
-
-    for package in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(package).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=UserWarning, module="lightning")
-    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 if __name__ == "__main__":

@@ -39,6 +39,7 @@ class CurvatureMonitor(Callback):
     | --- | --- | --- |
     | `curvature/loss` | loss of the batch before the step | loss |
     | `curvature/new_loss` | loss of the same batch after the step | loss |
+    | `curvature/step_length` | learning rate derived, before the schedule | step length |
     | `curvature/lr` | learning rate used, schedule included | step length |
     | `curvature/damping` | damping after this step's adaptation | curvature |
     | `curvature/reduction_ratio` | actual / predicted change of the loss | 1 is perfect |
@@ -299,10 +300,7 @@ def plot_history(
         panel.grid(alpha=0.3)
         if len(panel.get_legend_handles_labels()[0]) > 1:
             panel.legend(fontsize="small")
-    figure = loss.get_figure(root=True)
-    if figure is None:
-        raise ValueError("Invalid axes: they belong to no figure.")
-    return figure, panels
+    return loss.figure.figure, panels  # the second one in case of a subfigure
 
 
 def _draw(

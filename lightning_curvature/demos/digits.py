@@ -1,7 +1,5 @@
 """Handwritten digits that ship inside scikit-learn, and a stock module that classifies them."""
 
-from typing import Any
-
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
@@ -54,8 +52,8 @@ class DigitsDataModule(LightningDataModule):
 
     @override
     def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        """Return shuffled training batches, a smaller last one left out."""
-        return self._loader(0, shuffle=True, drop_last=True)
+        """Return shuffled training batches."""
+        return self._loader(0, shuffle=True)
 
     @override
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
@@ -67,10 +65,10 @@ class DigitsDataModule(LightningDataModule):
         """Return test batches."""
         return self._loader(2)
 
-    def _loader(self, index: int, **kwargs: Any) -> DataLoader[tuple[Tensor, ...]]:
+    def _loader(self, index: int, *, shuffle: bool = False) -> DataLoader[tuple[Tensor, ...]]:
         if self._splits is None:
             raise RuntimeError("DigitsDataModule has no data yet: call setup(stage) first.")
-        return DataLoader(self._splits[index], batch_size=self.batch_size, **kwargs)
+        return DataLoader(self._splits[index], batch_size=self.batch_size, shuffle=shuffle)
 
 
 class DigitsClassifier(LightningModule):

@@ -251,7 +251,8 @@ def _adam_direction(
     """
     beta1, beta2 = betas
     counts = usable.to(steps[0].dtype)
-    torch._foreach_add_(steps, counts)
+    # As a list: a single 0-dim tensor would be read as a number.
+    torch._foreach_add_(steps, [counts] * len(steps))
     torch._foreach_mul_(exp_avgs, 1 - counts * (1 - beta1))
     torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, 1 - counts * (1 - beta2))

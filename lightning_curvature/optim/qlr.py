@@ -132,11 +132,13 @@ class QLROptimizer(CurvatureOptimizer):
         slope, alpha, kappa, found = self._line_search(
             oracle, direction, squared, damping, gradient, group, stats
         )
-        found = found | (squared == 0)  # nothing to descend is not a failure
+        found = found & torch.isfinite(alpha * top_lr * squared.sqrt())
+        # Nothing to descend is not a failure.
+        found = found | (squared <= torch.finfo(squared.dtype).tiny)
         usable = gradient.finite & found
         alpha = torch.where(usable, alpha, torch.zeros_like(alpha))
 
-        length, move = self._apply(params, direction, alpha, top_lr, squared, group)
+        length, move = self._apply(params, direction, alpha, usable, top_lr, squared, group)
         stats.update(step_length=alpha, lr=length, update_norm=length.abs() * squared.sqrt())
         raised = self._clamped(damping * group["damping_increase_factor"], group)
         kept = usable
@@ -152,7 +154,9 @@ class QLROptimizer(CurvatureOptimizer):
         if group["decoupled_weight_decay"]:
             self._decay(torch.where(kept, length, torch.zeros_like(length)), top_lr)
         if group["damping_algorithm"] != "fixed":
-            self.damping = torch.where(gradient.finite & ~found, raised, damping)
+            # A bad batch says nothing about the model; a bad model calls for more damping.
+            adapted = torch.where(found, damping, raised)
+            self.damping = torch.where(gradient.finite, adapted, group["damping"])
         counts = {name: self._scalar(name) for name in ("failures", "skipped_steps")}
         self._failures.update(counts, usable)
         self._scalars.update(counts)
@@ -216,7 +220,7 @@ class QLROptimizer(CurvatureOptimizer):
         slope = vectors.dot(gradient.values, direction)
         unclipped = oracle.grad_slope(slope)
         if not self._curvature_due():
-            alpha = self._scalar("lr_average").clamp_min(0.0)
+            alpha = self._scalar("lr_average").nan_to_num(0.0).clamp_min(0.0)
             slope = stats["slope"] = slope if unclipped is None else unclipped
             # The model whose minimizer is the step length carried over.
             return slope, alpha, slope / alpha, torch.ones_like(gradient.finite)
@@ -231,26 +235,31 @@ class QLROptimizer(CurvatureOptimizer):
         if group["curvature"] == "hessian" and group["maximize"]:
             curvature = -curvature
         slope = answer.slope.to(slope.dtype) * gradient.factor if unclipped is None else unclipped
-        stats.update(slope=slope, curvature=curvature)
         curvature = self._averaged_curvature(curvature, group)
-        return slope, *self._step_length(slope, curvature, damping * squared, group)
+        stats.update(slope=slope, curvature=curvature)
+        return slope, *self._step_length(
+            slope, curvature, damping * squared, gradient.finite, group
+        )
 
     def _averaged_curvature(self, curvature: Tensor, group: dict[str, Any]) -> Tensor:
         decay = group["curvature_ema"]
         if decay == 0:
             return curvature
-        start = group["curvature_ema_init"]
         average = self._scalars.get("curvature_average")
-        if average is None:
-            average = curvature if start is None else torch.full_like(curvature, start)
-        average = torch.where(
-            torch.isfinite(curvature), decay * average + (1 - decay) * curvature, average
-        )
+        start = group["curvature_ema_init"]
+        if average is None and start is not None:
+            average = torch.full_like(curvature, start)
+        average = _running_average(average, curvature, decay, torch.isfinite(curvature))
         self._scalars["curvature_average"] = average
         return average
 
     def _step_length(
-        self, slope: Tensor, curvature: Tensor, damping_term: Tensor, group: dict[str, Any]
+        self,
+        slope: Tensor,
+        curvature: Tensor,
+        damping_term: Tensor,
+        finite: Tensor,
+        group: dict[str, Any],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the capped and amplified step length, the damped curvature, and its soundness."""
         alpha, kappa, found = step_length(
@@ -267,8 +276,7 @@ class QLROptimizer(CurvatureOptimizer):
         decay = group["lr_ema"]
         if decay is None:
             decay = _CARRIED_LR_EMA if int(group["curvature_update_interval"]) > 1 else 0.0
-        average = self._scalars.get("lr_average", alpha)
-        average = torch.where(found, decay * average + (1 - decay) * alpha, average)
+        average = _running_average(self._scalars.get("lr_average"), alpha, decay, found & finite)
         self._scalars["lr_average"] = average
         alpha = torch.where(found, average, alpha)
         return alpha, kappa, found
@@ -278,6 +286,7 @@ class QLROptimizer(CurvatureOptimizer):
         params: list[Tensor],
         direction: list[Tensor],
         alpha: Tensor,
+        usable: Tensor,
         top_lr: float,
         squared: Tensor,
         group: dict[str, Any],
@@ -292,7 +301,7 @@ class QLROptimizer(CurvatureOptimizer):
             vectors.scale_(direction, alpha)
             for p, d, decay in zip(params, direction, self._weight_decays(params), strict=True):
                 d.add_(p, alpha=decay)
-            move = top_lr * _clip_factor(vectors.norm(direction), limit)
+            move = top_lr * _clip_factor(vectors.norm(direction), limit) * usable
             length = alpha * move
         vectors.add_scaled_(params, direction, -move)
         return length, move
@@ -390,6 +399,17 @@ class _Gradient(NamedTuple):
 def _diagonal_form(direction: list[Tensor], diagonal: list[Tensor]) -> Tensor:
     """Return d^T diag(v) d."""
     return vectors.dot(torch._foreach_mul(direction, direction), diagonal)
+
+
+def _running_average(average: Tensor | None, new: Tensor, decay: float, usable: Tensor) -> Tensor:
+    """Return ``decay * average + (1 - decay) * new``; it starts at the first usable value.
+
+    NaN stands for an average that has not started.
+    """
+    if average is None:
+        average = torch.full_like(new, torch.nan)
+    mixed = torch.where(torch.isnan(average), new, decay * average + (1 - decay) * new)
+    return torch.where(usable, mixed, average)
 
 
 def _clip_factor(size: Tensor, limit: float | None) -> Tensor:

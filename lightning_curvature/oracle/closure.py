@@ -142,5 +142,5 @@ def warn_bare_closure(name: str) -> None:
         "BatchNorm statistics and metrics see every extra pass. "
         "optimizer.attach_model(model, loss_fn) removes both limits.",
         RuntimeWarning,
-        stacklevel=4,
+        stacklevel=6,
     )

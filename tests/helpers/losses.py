@@ -54,7 +54,8 @@ class LossCase:
         name: test id.
         loss: ``loss(link(model_output), *targets)`` is the objective.
         targets: makes the targets.
-        link: map from the model output to what the Gauss-Newton matrix regards as the logits.
+        link: map from the model output to what the Gauss-Newton matrix regards as the logits; part
+            of the objective unless ``curved`` is given.
             Losses of probabilities or log-probabilities count as the cross-entropy they belong to,
             so their sigmoid or log-softmax is part of ``loss``.
         curved: the loss whose Hessian counts, where that is not the whole of ``loss``.
@@ -68,6 +69,8 @@ class LossCase:
 
     def objective(self, output: Tensor, *targets: Tensor) -> Tensor:
         """Return the objective, written as a user would."""
+        if self.curved is not None:
+            return self.loss(output, *targets)
         return self.loss(self.link(output), *targets)
 
 
@@ -145,6 +148,9 @@ def _soft_target_cases() -> list[LossCase]:
             nn.CrossEntropyLoss(weight=WEIGHT, label_smoothing=0.1),
             lambda: (labels(),),
         ),
+        LossCase(
+            "ce-keywords", lambda z, y: F.cross_entropy(target=y, input=z), lambda: (labels(),)
+        ),
         LossCase("ce-positional", lambda z, y: F.cross_entropy(z, y, WEIGHT), lambda: (labels(),)),
         LossCase("ce-grid", F.cross_entropy, _grid_labels, _grid),
         LossCase(
@@ -215,6 +221,20 @@ def _regression_cases() -> list[LossCase]:
     row_variance = fractions()[:, :1] + 0.2
 
     return [
+        LossCase(
+            "gaussian_nll-learned-variance",
+            lambda z, t: F.gaussian_nll_loss(z[:, :2], t[:, :2], z[:, 2:].exp() + 0.1),
+            lambda: (values(),),
+            lambda z: torch.cat([z[:, :2], z[:, 2:].exp() + 0.1], dim=1),
+            curved=lambda out, t: F.gaussian_nll_loss(out[:, :2], t[:, :2], out[:, 2:]),
+        ),
+        LossCase(
+            "mse-between-outputs",
+            lambda z, t: F.mse_loss(z[:, :2].tanh(), z[:, 2:].tanh()),
+            lambda: (values(),),
+            torch.tanh,
+            curved=lambda out, t: F.mse_loss(out[:, :2], out[:, 2:]),
+        ),
         LossCase("mse", F.mse_loss, lambda: (values(),)),
         LossCase("mse-half", lambda z, t: 0.5 * F.mse_loss(z, t), lambda: (values(),)),
         LossCase("mse-sum", lambda z, t: F.mse_loss(z, t, reduction="sum"), lambda: (values(),)),
@@ -224,6 +244,11 @@ def _regression_cases() -> list[LossCase]:
             lambda: (values(),),
         ),
         LossCase("mse-module", nn.MSELoss(), lambda: (values(),)),
+        LossCase(
+            "mse-weight",
+            lambda z, t: F.mse_loss(z, t, weight=fractions()),
+            lambda: (values(),),
+        ),
         LossCase(
             "mse-root",
             lambda z, t: F.mse_loss(z, t).sqrt(),

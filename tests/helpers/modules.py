@@ -220,6 +220,12 @@ class Everything(LightningModule):
         )
         return {"loss": loss, "logits": logits.detach()}
 
+    def on_after_backward(self) -> None:
+        """Draw between the training step and the optimizer step, as gradient noise does."""
+        scale = 1e-9 * random.random() * np.random.rand()  # noqa: NPY002 - likewise
+        for param in self.parameters():
+            param.grad.add_(scale * torch.randn_like(param))
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Classify and log."""
         x, y = batch

@@ -6,6 +6,7 @@ from functools import partial
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from lightning_curvature import CurvatureOptimizer, OptimizerInfo, list_optimizers
@@ -66,3 +67,16 @@ def state_tensors(optimizer: CurvatureOptimizer) -> dict[str, Tensor]:
 
     walk("", optimizer.state_dict())
     return found
+
+
+def identical(one: Any, other: Any) -> bool:
+    """Tell whether two states are the same, tensors bit for bit and of the same dtype."""
+    if type(one) is not type(other):
+        return False
+    if isinstance(one, Tensor):
+        return one.dtype is other.dtype and torch.equal(one, other)
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(identical(one[k], other[k]) for k in one)
+    if isinstance(one, (list, tuple)):
+        return len(one) == len(other) and all(map(identical, one, other))
+    return bool(one == other)

@@ -134,7 +134,12 @@ def make_trainer(
     }
     settings.setdefault("devices", 1)
     settings["callbacks"] = [*attached.get("callbacks", []), *callbacks]
-    return Trainer(**settings)
+    trainer = Trainer(**settings)
+    if route == "auto" and not any(
+        type(c).__name__ == "AutoAttachCallback" for c in trainer.callbacks
+    ):
+        raise RuntimeError("The entry point is missing: install the package (pip install -e .).")
+    return trainer
 
 
 def the_optimizer(module: LightningModule) -> Any:
