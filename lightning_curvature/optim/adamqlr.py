@@ -6,7 +6,7 @@ rmclarke/AdamThroughASecondOrderLens. The rule is that of the paper's code; `qlr
 difference and the switch that undoes it.
 """
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -119,6 +119,8 @@ class AdamQLR(QLROptimizer):
     References:
         Clarke and Hernandez-Lobato, 2024, arXiv:2310.14963.
     """
+
+    state_names: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(
         self,

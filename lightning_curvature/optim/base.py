@@ -37,6 +37,8 @@ class CurvatureOptimizer(Optimizer, ABC):
     """
 
     asks: ClassVar[frozenset[str]] = frozenset()
+    # Tensors kept per parameter, of the shape of the parameter; "step" is a scalar.
+    state_names: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         # Instance attributes on purpose: Lightning's wrapper is a subclass whose class attributes
@@ -258,16 +260,8 @@ class CurvatureOptimizer(Optimizer, ABC):
             ValueError: If the state belongs to another optimizer or a newer version; the present
                 state is then left as it was.
         """
-        name = type(self).__name__
-        extra = state_dict.get(STATE_KEY)
-        if not isinstance(extra, dict) or extra.get("optimizer") != name:
-            found = "a plain torch optimizer" if extra is None else repr(extra.get("optimizer"))
-            raise ValueError(f"Cannot load the state of {found} into {name}.")
-        if extra["version"] > STATE_VERSION:
-            raise ValueError(
-                f"Cannot load version {extra['version']} of the state of {name}: this release "
-                f"knows versions up to {STATE_VERSION}. Update lightning-curvature."
-            )
+        self._check_state(state_dict)
+        extra = state_dict[STATE_KEY]
         super().load_state_dict(state_dict)
         # torch casts state to the dtype of its parameter; statistics keep their own.
         saved_groups = state_dict["param_groups"]
@@ -286,6 +280,34 @@ class CurvatureOptimizer(Optimizer, ABC):
                 group[key] = self.param_groups[0][key]
         self._load_curvature_state(copy.deepcopy(extra))
         self.stats = {}
+
+    def _check_state(self, state_dict: dict[str, Any]) -> None:
+        """Refuse a foreign or truncated state before anything is changed."""
+        name = type(self).__name__
+        extra = state_dict.get(STATE_KEY)
+        if not isinstance(extra, dict) or extra.get("optimizer") != name:
+            found = "a plain torch optimizer" if extra is None else repr(extra.get("optimizer"))
+            raise ValueError(f"Cannot load the state of {found} into {name}.")
+        missing = [key for key in ("state", "param_groups") if key not in state_dict]
+        missing += [key for key in self._curvature_state() if key not in extra]
+        if missing:
+            raise ValueError(f"Cannot load a truncated state into {name}: no {missing}.")
+        if extra["version"] > STATE_VERSION:
+            raise ValueError(
+                f"Cannot load version {extra['version']} of the state of {name}: this release "
+                f"knows versions up to {STATE_VERSION}. Update lightning-curvature."
+            )
+        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
+        # Other numbers of groups or parameters are torch's to refuse.
+        for index, p in zip(ids, self._all_params(), strict=False):
+            saved = state_dict["state"].get(index)
+            for key in self.state_names if saved else ():
+                shape = tuple(p.shape) if key != "step" else ()
+                if key not in saved or tuple(saved[key].shape) != shape:
+                    raise ValueError(
+                        f"Cannot load the state into {name}: '{key}' of parameter {index} is "
+                        f"missing or not of shape {list(shape)}."
+                    )
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or deep copy holds: everything but the oracle."""

@@ -68,7 +68,7 @@ def test_help_names_the_options(
     ("args", "message"),
     [
         ((), 'expected "subcommand" to be one of {fit,validate,test,predict}'),
-        (("fit",), "the following arguments are required: fit.model"),
+        (("fit",), "fit.model"),
         (("fit", *ARGS, "--num_threads=0"), "num_threads"),
         (("fit", *ARGS, "--optimizer=AdamQLRR"), "Expected a dot import path string: AdamQLRR"),
         (

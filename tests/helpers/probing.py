@@ -135,9 +135,8 @@ def make_trainer(
     settings.setdefault("devices", 1)
     settings["callbacks"] = [*attached.get("callbacks", []), *callbacks]
     trainer = Trainer(**settings)
-    if route == "auto" and not any(
-        type(c).__name__ == "AutoAttachCallback" for c in trainer.callbacks
-    ):
+    names = {type(callback).__name__ for callback in trainer.callbacks}
+    if route == "auto" and "AutoAttachCallback" not in names:
         raise RuntimeError("The entry point is missing: install the package (pip install -e .).")
     return trainer
 

@@ -1,0 +1,227 @@
+"""Every script of ``benchmarks/`` runs, on tiny data, and appends what it found to the CSV."""
+
+import csv
+import importlib
+import logging
+import struct
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+FOLDER = ROOT / "benchmarks"
+SCRIPTS = ("paper_tasks", "step_time", "memory")
+
+pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
+
+
+@pytest.fixture
+def load_script(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], ModuleType]]:
+    """Import a script as it sees itself: its own folder is on the path."""
+    monkeypatch.syspath_prepend(FOLDER)
+    loggers = [logging.getLogger(f"lightning.{name}") for name in ("pytorch", "fabric")]
+    levels = [logger.level for logger in loggers]
+    yield importlib.import_module
+    for name in [path.stem for path in FOLDER.glob("*.py")]:
+        sys.modules.pop(name, None)
+    for logger, level in zip(loggers, levels, strict=True):
+        logger.setLevel(level)
+
+
+@pytest.fixture
+def uci_folder(tmp_path: Path) -> Path:
+    """Return a folder with two small data sets in the layout of the real ones."""
+    generator = np.random.default_rng(0)
+    (tmp_path / "data" / "uci").mkdir(parents=True)
+    for name, rows, features in (("energy", 80, 8), ("protein", 120, 9)):
+        x = generator.normal(size=(rows, features))
+        x[:, -1] = 3.0  # a column without spread
+        np.savez(
+            tmp_path / "data" / "uci" / f"{name}.npz",
+            x=x,
+            y=x @ np.ones(features) + 0.1 * generator.normal(size=rows),
+            perm_adamqlr=generator.permutation(rows).astype(np.uint16),
+        )
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def fashion_folder(tmp_path: Path) -> Path:
+    """Return a folder with a few random images in the files of Fashion-MNIST."""
+    raw = tmp_path / "data" / "FashionMNIST" / "raw"
+    raw.mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for part, count in (("train", 60), ("t10k", 10)):
+        images = generator.integers(0, 256, (count, 28, 28), dtype=np.uint8)
+        labels = generator.integers(0, 10, count, dtype=np.uint8)
+        header = struct.pack(">IIII", 0x803, count, 28, 28)
+        (raw / f"{part}-images-idx3-ubyte").write_bytes(header + images.tobytes())
+        header = struct.pack(">II", 0x801, count)
+        (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
+    return tmp_path / "data"
+
+
+def rows_of(path: Path) -> list[dict[str, str]]:
+    with path.open(newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+# The scripts
+
+
+def test_scripts_explain_themselves(
+    load_script: Callable[[str], ModuleType], capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in SCRIPTS:
+        with pytest.raises(SystemExit) as stopped:
+            load_script(name).main(["--help"])
+        assert stopped.value.code == 0
+        assert "usage:" in capsys.readouterr().out
+
+
+def test_runs_as_a_script(run_python: Callable[..., object], tmp_path: Path) -> None:
+    result = run_python([FOLDER / "paper_tasks.py", "uci_energy", "--data", tmp_path])
+    assert result.returncode == 2
+    assert "--data must name the folder that holds uci/energy.npz" in result.stderr
+
+
+@pytest.mark.parametrize(("task", "batch"), [("uci_energy", None), ("uci_protein", 30)])
+def test_uci(
+    task: str,
+    batch: int | None,
+    load_script: Callable[[str], ModuleType],
+    uci_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = [task, "--data", str(uci_folder), "--seeds", "1", "--epochs", "12"]
+    arguments += ["--csv", str(tmp_path / "out.csv")]
+    load_script("paper_tasks").main(arguments + (["--batch", str(batch)] if batch else []))
+    printed = capsys.readouterr().out
+    assert f"### {task}" in printed
+    assert "| train @12" in printed
+    found = rows_of(tmp_path / "out.csv")
+    assert {row["optimizer"] for row in found} >= {"torch Adam 1e-2"}
+    assert all(float(row["value"]) < 10 and row["torch"] == torch.__version__ for row in found)
+
+
+def test_fashion_mnist(
+    load_script: Callable[[str], ModuleType],
+    fashion_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["fashion_mnist", "--data", str(fashion_folder), "--csv", str(tmp_path / "o.csv")]
+    arguments += ["--png", str(tmp_path / "curves.png"), "--seconds", "0.1", "--points", "3"]
+    arguments += ["--batch", "50", "--adamw-lr", "1e-3", "--adamw-batch", "10", "20"]
+    load_script("paper_tasks").main(arguments)
+    assert "(best AdamW)" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert len({row["optimizer"] for row in rows_of(tmp_path / "o.csv")}) == 3
+
+
+def test_step_time(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("step_time")
+    arguments = ["--workloads", "conv", "--rounds", "1", "--cycles", "1", "--batch-size", "2"]
+    script.main([*arguments, "--csv", str(tmp_path / "out.csv")])
+    assert "everything every step" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out.csv")
+    assert [row["optimizer"] for row in found] == list(script.VARIANTS)
+    assert all(float(row["value"]) > 0 for row in found)
+    assert float(found[0]["ratio"]) == 1.0
+
+
+def test_memory(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("memory")
+    arguments = ["--workloads", "conv", "--steps", "2", "--batch-size", "1"]
+    script.main([*arguments, "--csv", str(tmp_path / "out.csv")])
+    assert "peak, MiB" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out.csv")
+    assert [row["optimizer"] for row in found] == list(script.VARIANTS)
+    # Parameters, gradients and two moments at the least.
+    module = script.WORKLOADS["conv"].network()
+    least = 16 * sum(p.numel() for p in module.parameters())
+    assert all(float(row["value"]) > least for row in found)
+
+
+# Their parts
+
+
+def test_uci_split_and_statistics(load_script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    generator = np.random.default_rng(1)
+    (tmp_path / "uci").mkdir()
+    x, y = generator.normal(5, 3, (768, 8)), generator.normal(size=768)
+    order = generator.permutation(768)
+    np.savez(tmp_path / "uci" / "energy.npz", x=x, y=y, perm_adamqlr=order)
+    problem = load_script("uci_regression").load(tmp_path, "energy", torch.float64)
+    assert [len(part[0]) for part in problem] == [588, 76]
+    known = x[order[:692]]
+    expected = (x[order] - known.mean(0)) / known.std(0)
+    np.testing.assert_allclose(problem.train[0], expected[:588])
+    np.testing.assert_allclose(problem.test[0], expected[692:])
+
+
+def test_uci_weights(load_script: Callable[[str], ModuleType]) -> None:
+    network = load_script("uci_regression").make_network(8, 4000, seed=0, dtype=torch.float32)
+    weight = network[0].weight
+    assert weight.abs().max() <= 2 / 8**0.5
+    # A normal distribution cut at two deviations keeps 0.880 of its deviation.
+    torch.testing.assert_close(weight.std().item(), 0.8796 / 8**0.5, rtol=0.02, atol=0)
+    assert not network[0].bias.any()
+
+
+def test_uci_reports_a_broken_file(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    (tmp_path / "uci").mkdir()
+    np.savez(tmp_path / "uci" / "energy.npz", x=np.ones((3, 2)))
+    with pytest.raises(KeyError, match=r"lacks \['perm_adamqlr', 'y'\]"):
+        load_script("uci_regression").load(tmp_path, "energy")
+
+
+def test_relay_takes_turns(load_script: Callable[[str], ModuleType]) -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    relay = load_script("step_time").Relay(3)
+    order: list[int] = []
+
+    def run(runner: int) -> None:
+        relay.wait(runner)
+        for _ in range(runner + 1):
+            order.append(runner)
+            relay.hand_over(runner)
+            relay.wait(runner)
+        relay.hand_over(runner, leaves=True)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(run, range(3)))
+    assert order == [0, 1, 2, 1, 2, 2]
+
+
+def test_report(load_script: Callable[[str], ModuleType], tmp_path: Path) -> None:
+    report = load_script("report")
+    assert report.verdict(1.05, 1.0, slack=0.1) == "pass"
+    assert report.verdict(1.2, 1.0, slack=0.1) == report.verdict(float("nan"), 1.0) == "FAIL"
+    assert report.verdict(1.2, float("nan")) == ""
+    table = report.markdown_table(["name", "x"], [["a", "1"], ["long name", "22"]])
+    assert table.splitlines()[1] == "| --------- | --: |"
+    assert len({len(line) for line in table.splitlines()}) == 1
+
+    path = tmp_path / "new" / "out.csv"
+    measurement = report.Measurement("b", "t", "o", "m", 0.5)
+    for _ in range(2):
+        report.append_csv(path, [measurement])
+    assert [row["value"] for row in rows_of(path)] == ["0.5", "0.5"]
+    assert rows_of(path)[0]["ratio"] == ""
+    path.write_text("date,other\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="name another file with --csv"):
+        report.append_csv(path, [measurement])
