@@ -311,8 +311,11 @@ def draw(contestants: list[Contestant], rival: Contestant, path: Path) -> None:
         seconds = [point.seconds for point in points]
         left.plot(seconds, [point.loss for point in points], **style)
         right.plot(seconds, [100 * point.accuracy for point in points], **style)
-    losses = [point.loss for one in (contestants[0], rival) for point in one.curve[1:]]
-    left.set_ylim(0.98 * min(losses), 1.05 * max(min(losses) * 1.8, *losses[-1:]))
+    # The interesting part of both: learning rates far off may lie outside.
+    lowest = min(one.best.loss for one in contestants)
+    highest = max(one.curve[-1].loss for one in (contestants[0], rival))
+    if math.isfinite(highest):
+        left.set_ylim(0.97 * lowest, 1.05 * max(1.6 * lowest, highest))
     best = max(point.accuracy for one in contestants for point in one.curve)
     right.set_ylim(100 * best - 10, 100 * best + 1)
     left.set_ylabel("validation loss")
@@ -339,15 +342,16 @@ def _measurements(
             "test accuracy at the best validation loss": lambda one: one.best.test_accuracy,
         }
         for metric, value in values.items():
+            own, other = value(contestant), value(rival)
             found.append(
                 Measurement(
                     "paper_tasks",
                     task,
                     contestant.title,
                     metric,
-                    value(contestant),
+                    own,
                     f"best AdamW: {rival.title}",
-                    value(contestant) / value(rival),
+                    own / other if other else math.nan,
                 )
             )
     return found

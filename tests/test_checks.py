@@ -28,9 +28,7 @@ GOOD: list[tuple[Callable[..., None], tuple[Any, ...], dict[str, Any]]] = [
 
 
 @pytest.mark.parametrize(("check", "args", "kwargs"), GOOD)
-def test_allowed(
-    check: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> None:
+def test_allowed(check: Callable[..., None], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     check(*args, **kwargs)
 
 

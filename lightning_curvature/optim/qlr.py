@@ -72,6 +72,20 @@ class QLROptimizer(CurvatureOptimizer):
         limit = int(self.param_groups[0]["max_failures"])
         self._failures = FailureCounter(type(self).__name__, limit)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Args:
+            param_group: As for every torch optimizer.
+
+        Raises:
+            ValueError: If an argument is out of range, or differs from the other groups though it
+                is one value for all.
+        """
+        damping = float(param_group.get("damping", self.defaults["damping"]))
+        check_arguments({**self.defaults, **param_group, "damping": damping})
+        super().add_param_group(param_group)
+
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that are one value for all groups."""

@@ -5,7 +5,9 @@ more. Each function returns the weighted sums over the micro-batches of ``<grad,
 d``.
 """
 
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -109,12 +111,7 @@ def forward_mode(
     slope = curvature = _zero(params)
     dtype = slope.dtype
     for record in records:
-        # Compiled code and fused attention have no forward-mode rules.
-        with (
-            torch.compiler.set_stance("force_eager"),
-            sdpa_kernel(SDPBackend.MATH),
-            forward_ad.dual_level(),
-        ):
+        with _differentiable_kernels(replay), forward_ad.dual_level():
             duals = {
                 id(p): forward_ad.make_dual(p.detach(), d.to(p.dtype))  # type: ignore[no-untyped-call]
                 for p, d in zip(params, direction, strict=True)
@@ -131,6 +128,23 @@ def forward_mode(
             form = quadratic_form(term.loss, values, tangents, term.coefficient, scaling)
             curvature = curvature + form.to(dtype) * record.weight
     return slope, curvature
+
+
+@contextmanager
+def _differentiable_kernels(replay: Replay) -> Iterator[None]:
+    """Choose kernels that can be differentiated forward, or twice; fused ones cannot."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        if replay.recurrent:
+            # Setting these flags warns of hardware that is not there.
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                stack.enter_context(torch.backends.cudnn.flags(enabled=False))
+            enabled = torch._C._get_mkldnn_enabled()
+            stack.callback(torch._C._set_mkldnn_enabled, enabled)
+            torch._C._set_mkldnn_enabled(False)
+        yield
 
 
 def _split(dual: Tensor) -> tuple[Tensor, Tensor]:
@@ -152,8 +166,7 @@ def hessian_product(
     """
     with (
         torch.enable_grad(),
-        torch.compiler.set_stance("force_eager"),
-        sdpa_kernel(SDPBackend.MATH),
+        _differentiable_kernels(replay),
         replay.running(record) as total,
     ):
         grads = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)

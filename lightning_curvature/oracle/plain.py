@@ -13,6 +13,7 @@ from lightning_curvature.oracle.record import (
     PassRecord,
     batch_versions,
     check_batch_unchanged,
+    copied_containers,
     loss_terms,
 )
 from lightning_curvature.oracle.window import DirectionalMethod
@@ -24,11 +25,11 @@ class _Forward:
     """One forward pass of the model that waits for its loss."""
 
     def __init__(self, args: Any, kwargs: Any, environment: Environment) -> None:
-        self.args = args
-        self.kwargs = kwargs
+        self.arguments = copied_containers((args, kwargs))
         self.environment = environment
         self.versions = batch_versions((args, kwargs))
         self.output: Any = None
+        self.finished = False
 
 
 class ModelOracle(ClosureOracle):
@@ -103,8 +104,10 @@ class ModelOracle(ClosureOracle):
         self._forward = _Forward(args, kwargs, environment)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
-        if self._forward is not None and module is self._model and not in_extra_pass():
-            self._forward.output = output
+        forward = self._forward
+        ours = module is self._model and not in_extra_pass()
+        if forward is not None and ours and not forward.finished:
+            forward.output, forward.finished = output, True
 
     def criterion(self, output: Any, *targets: Any, **kwargs: Any) -> Tensor:
         """Compute the loss, as ``loss_fn`` does, and record it for the coming step.
@@ -127,8 +130,12 @@ class ModelOracle(ClosureOracle):
                 "whole computation into a closure and call optimizer.step(closure)."
             )
 
+        labels = copied_containers((targets, kwargs))
+
         def run() -> Tensor:
-            return self._loss_fn(self._model(*forward.args, **forward.kwargs), *targets, **kwargs)
+            args, named = copied_containers(forward.arguments)
+            rest, named_rest = copied_containers(labels)
+            return self._loss_fn(self._model(*args, **named), *rest, **named_rest)
 
         versions = batch_versions((targets, kwargs))
         with LossCapture() as capture:

@@ -6,14 +6,21 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_curvature.oracle.capture import SUPPORTED_LOSSES, RawCall
 from lightning_curvature.oracle.extra_pass import Environment
 from lightning_curvature.oracle.heads import BoundLoss, bind_loss
 from lightning_curvature.oracle.protocol import NoLossCapturedError
 
-__all__ = ["LossTerm", "PassRecord", "batch_versions", "check_batch_unchanged", "loss_terms"]
+__all__ = [
+    "LossTerm",
+    "PassRecord",
+    "batch_versions",
+    "check_batch_unchanged",
+    "copied_containers",
+    "loss_terms",
+]
 
 
 @dataclass(frozen=True)
@@ -130,6 +137,17 @@ def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:
         share = (coefficient * value).sum() if value._version == 0 else None
         terms.append(LossTerm(index, loss, coefficient.detach(), share))
     return terms
+
+
+def copied_containers(batch: Any) -> Any:
+    """Copy the lists, tuples and dictionaries of a batch, not its tensors.
+
+    A training step may take its batch apart (``y = batch.pop("y")``); every pass gets a whole one.
+
+    Args:
+        batch: Any nesting of containers.
+    """
+    return tree_map(lambda leaf: leaf, batch)
 
 
 def batch_versions(batch: Any) -> list[tuple[Tensor, int]]:

@@ -24,12 +24,15 @@ class Replay:
 
     Attributes:
         parameters: Ids of the parameters of the module.
+        recurrent: Whether the module has an LSTM, GRU or RNN.
     """
 
     def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
         self.module = module
         self.contexts = tuple(contexts)
         self.parameters = set() if module is None else {id(p) for p in module.parameters()}
+        parts = () if module is None else module.modules()
+        self.recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
 
     @contextmanager
     def running(self, record: PassRecord) -> Iterator[Tensor]:

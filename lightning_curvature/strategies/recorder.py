@@ -24,6 +24,7 @@ from lightning_curvature.oracle.record import (
     PassRecord,
     batch_versions,
     check_batch_unchanged,
+    copied_containers,
     loss_terms,
 )
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
@@ -174,6 +175,7 @@ class StepRecorder:
         """Run the module's ``training_step`` and remember how to run it again."""
         oracle = self.oracle
         versions = batch_versions((args, kwargs))
+        batch = copied_containers((args, kwargs))
         environment = Environment.of(oracle.module, oracle.device, oracle.unchanging_buffers)
         with LossCapture() as capture:
             output = training_step(*args, **kwargs)
@@ -183,7 +185,7 @@ class StepRecorder:
         if loss is not None:
             whole = self.window == "last"
             record = PassRecord(
-                run=functools.partial(_run_again, training_step, args, kwargs),
+                run=functools.partial(_run_again, training_step, batch),
                 environment=environment,
                 weight=1.0 if whole else 1.0 / self.trainer.accumulate_grad_batches,
                 loss=loss.detach().clone(),
@@ -268,7 +270,8 @@ def _only_captured(step: Callable[..., STEP_OUTPUT], *args: Any, **kwargs: Any) 
         return step(*args, **kwargs)
 
 
-def _run_again(step: Callable[..., STEP_OUTPUT], args: Any, kwargs: Any) -> Tensor | None:
+def _run_again(step: Callable[..., STEP_OUTPUT], batch: tuple[Any, Any]) -> Tensor | None:
+    args, kwargs = copied_containers(batch)
     return _loss_of(step(*args, **kwargs))
 
 

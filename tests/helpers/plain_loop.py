@@ -49,6 +49,28 @@ def network(outputs: int = CLASSES, seed: int = 1, dtype: torch.dtype = torch.fl
         return nn.Sequential(*layers).to(dtype)
 
 
+class Shift(nn.Module):
+    """Adds a vector."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.ones(OUTPUTS, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the shifted input."""
+        return x + self.shift
+
+
+class LinearModel(nn.Sequential):
+    """A matrix and two biases in two modules; linear in all its parameters."""
+
+    def __init__(self) -> None:
+        super().__init__(
+            nn.Linear(FEATURES, OUTPUTS, dtype=torch.float64),
+            Shift(),
+        )
+
+
 class Loop:
     """A model, a loss and an optimizer attached to both.
 
@@ -96,3 +118,9 @@ class Loop:
     def theta(self) -> Tensor:
         """Return all parameters as one vector, float64."""
         return torch.cat([p.detach().double().reshape(-1) for p in self.model.parameters()])
+
+    def is_finite(self) -> bool:
+        """Tell whether weights, state and hyper-parameters are finite."""
+        tensors = [*self.model.parameters(), *self.optimizer.param_groups[0].values()]
+        tensors += [t for state in self.optimizer.state.values() for t in state.values()]
+        return all(bool(t.isfinite().all()) for t in tensors if isinstance(t, Tensor))

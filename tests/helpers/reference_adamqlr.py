@@ -98,7 +98,10 @@ class ReferenceQLR:
             alpha = self.mean_alpha = s.lr_ema * old + (1 - s.lr_ema) * alpha
         return alpha
 
-    def step(self, x: Tensor, y: Tensor, lr: float = 1.0) -> dict[str, float]:
+    # In one piece, in the order of the paper's algorithm.
+    def step(  # noqa: PLR0912, PLR0915
+        self, x: Tensor, y: Tensor, lr: float = 1.0
+    ) -> dict[str, float]:
         """Take one step on a batch and return what was measured.
 
         Args:

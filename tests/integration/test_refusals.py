@@ -19,6 +19,7 @@ from lightning.pytorch.strategies import (
 )
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
+from torch.utils.data import DataLoader, Dataset
 
 from lightning_curvature import SGDQLR, AdamQLR, CurvatureCallback, declare_loss
 from tests.helpers.dense import DenseModel, Head, flatten, quadratic
@@ -177,6 +178,40 @@ def test_batch_changed_in_place_is_refused(route: str, make: Callable[..., Any])
 def test_batch_changed_in_place_is_fine_when_nothing_is_asked(make: Callable[..., Any]) -> None:
     """Whoever asks nothing is left alone."""
     make_trainer("auto").fit(InPlaceModule(_network(), make), loader(vectors()))
+
+
+class Popping(StockModule):
+    """Takes its batch apart: the containers change, the tensors do not."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        y = batch.pop("y")
+        batch["x"] = batch["x"] + 1.0
+        return F.cross_entropy(self(**batch), y)
+
+
+class Records(Dataset[dict[str, Tensor]]):
+    """The vectors as dictionaries."""
+
+    def __init__(self) -> None:
+        self.tensors = vectors().tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def __getitem__(self, index: int) -> dict[str, Tensor]:
+        return {"x": self.tensors[0][index], "y": self.tensors[1][index]}
+
+
+@pytest.mark.parametrize("route", ATTACHED)
+def test_batch_taken_apart(route: str) -> None:
+    """`batch.pop("labels")` is common: every pass must get the containers of the first."""
+    module = Popping(_network(), lambda p: Probe(p, passes=["directional", "loss"]))
+    trainer = make_trainer(route, directional="jvp", precision="64-true")
+    trainer.fit(module, DataLoader(Records(), batch_size=4))
+    probe = trainer.optimizers[0]
+    assert len(probe.deviations) == 5
+    assert max(probe.deviations) <= 1e-12
+    assert all(torch.equal(base, again) for base, again in probe.losses)
 
 
 class Handwritten(StockModule):

@@ -149,6 +149,19 @@ def test_self_check_of_a_transformer(route: str, directional: str, tolerance: fl
     assert max(probe.deviations) <= tolerance
 
 
+@pytest.mark.parametrize("route", ROUTES)
+def test_self_check_in_mixed_precision(route: str) -> None:
+    """Under bf16 autocast `auto` takes forward mode, whose slope is as good as the gradient."""
+    _, trainer = fit(
+        route, lambda p: Probe(p, passes=["directional", "loss"]), precision="bf16-mixed"
+    )
+    probe = trainer.optimizers[0]
+    squares = [((one - two) ** 2, two**2) for one, two in probe.slopes]
+    errors, sizes = (torch.stack(part).sum().item() for part in zip(*squares, strict=True))
+    assert math.sqrt(errors / sizes) < 0.02
+    assert all(torch.equal(base, again) for base, again in probe.losses)
+
+
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 def test_window_equals_one_large_batch(route: str) -> None:
     """Two micro-batches of 4 give the curvature and the loss of one batch of 8."""

@@ -1,4 +1,4 @@
-"""The contract of every optimizer in lightning_curvature/registry.py: groups, state, checkpoints."""
+"""The contract of every optimizer of lightning_curvature/registry.py: groups, state, copies."""
 
 import copy
 import inspect
@@ -169,7 +169,7 @@ def test_state_dict_is_a_snapshot_of_the_scalars(contract: Contract) -> None:
 @pytest.mark.parametrize("options", ["defaults", "rich"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_resume_is_bitwise(contract: Contract, options: str, dtype: torch.dtype) -> None:
-    """k steps, save, load, k steps are 2k steps."""
+    """K steps, save, load, k steps are 2k steps."""
     make = contract.making(**(rich(contract) if options == "rich" else {}))
     batches = classification(2 * STEPS, dtype=dtype)
     whole = Loop(network(dtype=dtype), make, directional="auto")
@@ -206,7 +206,7 @@ def test_load_brings_the_saved_hyper_parameters(contract: Contract) -> None:
 
 @every_optimizer
 def test_load_copies(contract: Contract) -> None:
-    """Training on does not change the dictionary (tensors of parameters are shared, as in torch)."""
+    """Training on does not change what was loaded (but, as in torch, tensors of parameters)."""
     loop = Loop(network(), contract.making(**rich(contract)))
     loop.train(classification(4))
     saved = through_a_file(loop.optimizer.state_dict())
@@ -263,9 +263,7 @@ def foreign_states(contract: Contract) -> dict[str, tuple[Any, type[Exception], 
         "fewer-parameters": (
             {
                 **good,
-                "param_groups": [
-                    {**g, "params": g["params"][:-1]} for g in good["param_groups"]
-                ],
+                "param_groups": [{**g, "params": g["params"][:-1]} for g in good["param_groups"]],
             },
             ValueError,
             "doesn't match the size of optimizer's group",

@@ -1,5 +1,6 @@
-"""The contract of every optimizer in lightning_curvature/registry.py: a Trainer, module unchanged."""
+"""The contract of every optimizer of lightning_curvature/registry.py: in a Trainer."""
 
+import re
 from typing import Any
 
 import pytest
@@ -9,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor, nn
 
+from lightning_curvature.oracle import MissingCapabilityError
 from tests.helpers.modules import StockModule, conv_module, loader, mlp_module, vectors
 from tests.helpers.modules import images as image_data
 from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
@@ -143,6 +145,43 @@ def test_manual_optimization_with_a_closure(contract: Contract, route: str) -> N
     fit(automatic, route)
     for ours, theirs in zip(module.parameters(), automatic.parameters(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+@every_optimizer
+def test_manual_optimization_without_a_closure(contract: Contract) -> None:
+    """The loss cannot be evaluated again, and the message says what to do."""
+    if not contract.info.asks:
+        pytest.skip("asks nothing")
+
+    class NoClosure(Manual):
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            optimizer.step()
+
+    module = NoClosure(nn.Linear(5, 4), contract.make)
+    text = (
+        f"{contract.info.cls.__name__} evaluates the loss again, which a loop without a closure "
+        "does not allow. Call optimizer.step(closure), where closure() zeroes the gradients, "
+        "computes the loss, runs backward and returns the loss."
+    )
+    with pytest.raises(MissingCapabilityError, match=f"^{re.escape(text)}$"):
+        fit(module, "strategy")
+
+
+@every_optimizer
+def test_nobody_attached(contract: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lightning's own closure is not mistaken for one that can be called again."""
+    if not contract.info.asks:
+        pytest.skip("asks nothing")
+    monkeypatch.setenv("LIGHTNING_CURVATURE_AUTO_ATTACH", "0")
+    module = mlp_module(contract.make)
+    before = [p.detach().clone() for p in module.parameters()]
+    with pytest.raises(MissingCapabilityError, match=r"has no curvature oracle\. Use strategy="):
+        fit(module, "none")
+    for p, old in zip(module.parameters(), before, strict=True):
+        assert torch.equal(p, old)
 
 
 @every_optimizer

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_curvature import SGDQLR, AdamQLR
 from lightning_curvature.oracle import MissingCapabilityError, WindowOracle
@@ -47,9 +47,7 @@ SHARED = [
     not_above("min_damping", -1.0, ">= 0"),
     not_in("max_damping", 1e-9, "[1e-08, inf]"),
     ({"min_damping": 2.0, "max_damping": 1.0}, "Invalid max_damping=1.0: must be in [2.0, inf]."),
-    not_one_of(
-        "damping_algorithm", "kfac", "levenberg-marquardt", "decreasing-loss", "fixed"
-    ),
+    not_one_of("damping_algorithm", "kfac", "levenberg-marquardt", "decreasing-loss", "fixed"),
     not_steps("damping_update_interval", 0),
     not_one_of("curvature", "ggn", "fisher", "hessian"),
     not_steps("curvature_update_interval", -1),
@@ -166,6 +164,27 @@ def test_no_oracle(contract: Contract) -> None:
         assert torch.equal(p, old)
 
 
+@every_optimizer
+def test_a_closure_once_and_never_again(contract: Contract) -> None:
+    """What a bare closure attached needs one in every step."""
+    if not contract.info.asks:
+        pytest.skip("asks nothing")
+    model = network()
+    optimizer = contract.make(model.parameters())
+    (x, y), *_ = classification(1)
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.warns(RuntimeWarning, match="has only a closure to ask"):
+        optimizer.step(closure)
+    with pytest.raises(MissingCapabilityError, match="evaluates the loss again, which a loop"):
+        optimizer.step()
+
+
 class DeafOracle(WindowOracle):
     """Answers nothing."""
 
@@ -231,9 +250,7 @@ def test_unknown_method(contract: Contract) -> None:
     model = network()
     text = "Invalid directional='exact': must be one of 'auto', 'fd', 'jvp'."
     with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
-        contract.make(model.parameters()).attach_model(
-            model, F.cross_entropy, directional="exact"
-        )
+        contract.make(model.parameters()).attach_model(model, F.cross_entropy, directional="exact")
 
 
 @every_optimizer
@@ -259,7 +276,9 @@ def test_a_changed_batch(contract: Contract) -> None:
     x, y = classification(1)[0]
     output = loop.model(x)
     x.mul_(2.0)
-    with pytest.raises(RuntimeError, match=r"changed its batch in place \(tensors of shape \[8, 5\]"):
+    with pytest.raises(
+        RuntimeError, match=r"changed its batch in place \(tensors of shape \[8, 5\]"
+    ):
         loop.criterion(output, y)
 
 

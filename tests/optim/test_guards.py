@@ -2,7 +2,6 @@
 
 import copy
 import math
-import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -10,8 +9,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_curvature import SGDQLR, AdamQLR
@@ -39,14 +36,6 @@ def assert_unchanged(loop: Loop, before: dict[str, Any]) -> None:
     """Compare with a snapshot, bit for bit."""
     after = snapshot(loop)
     torch.testing.assert_close(after, before, rtol=0, atol=0)
-
-
-def everything_finite(loop: Loop) -> bool:
-    """Tell whether weights, moments and damping are finite."""
-    tensors = [*loop.model.parameters()]
-    tensors += [t for state in loop.optimizer.state.values() for t in state.values()]
-    tensors += [loop.optimizer.param_groups[0]["damping"]]
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 # A bad batch
@@ -90,7 +79,7 @@ def test_a_bad_batch_changes_nothing(
     assert_unchanged(loop, before)
     loop.step(*batches[3])
     assert loop.stat("skipped_steps") == 1
-    assert everything_finite(loop)
+    assert loop.is_finite()
     assert not torch.equal(loop.theta(), before["weights"])
     if cls is AdamQLR:
         assert all(loop.optimizer.state[p]["step"] == 3 for p in loop.model.parameters())
@@ -156,7 +145,7 @@ def test_a_nan_loss_with_a_finite_gradient_is_survived(cls: type) -> None:
         network(), partial(cls, **PATIENT), lambda z, y: F.cross_entropy(z, y) + float("nan")
     )
     loop.train(classification(3))
-    assert everything_finite(loop)
+    assert loop.is_finite()
 
 
 # Infinite new loss
@@ -234,7 +223,7 @@ def test_an_update_that_overflows_is_not_applied(algorithm: str, interval: int) 
         loop.optimizer.param_groups[0]["lr"] = 1.0
     loop.step(x, y)
     assert 0.0 < loop.stat("curvature") < 1e-30
-    assert everything_finite(loop), loop.model.w
+    assert loop.is_finite(), loop.model.w
 
 
 # Curvature
@@ -248,7 +237,7 @@ def flat_loss(output: Tensor, target: Tensor) -> Tensor:
 @OPTIMIZERS
 @pytest.mark.parametrize("curvature", ["fisher", "hessian"])
 def test_zero_curvature_without_damping_is_skipped(cls: type, curvature: str) -> None:
-    x, y = classification(1)[0]
+    x = classification(1)[0][0]
     model = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
     options = {"damping": 0.0, "min_damping": 0.0, "curvature": curvature, **PATIENT}
     loop = Loop(model, partial(cls, **options), flat_loss)
@@ -322,7 +311,7 @@ def test_a_zero_gradient_is_not_a_failure(cls: type, algorithm: str, scale: floa
     assert loop.stat("skipped_steps") == 0
     if scale == 0:
         assert torch.equal(loop.theta(), before)
-    assert everything_finite(loop)
+    assert loop.is_finite()
 
 
 # Counting
@@ -348,9 +337,7 @@ def test_a_good_step_between_failures_keeps_training(cls: type) -> None:
     loop = Loop(network(), partial(cls, max_failures=2))
     x, y = classification(1)[0]
     with pytest.warns(RuntimeWarning) as record:
-        for _ in range(3):
-            loop.step(x, y)
-            loop.step(nan_batch(x), y)
+        loop.train([(x, y), (nan_batch(x), y)] * 3)
     assert [str(w.message) for w in record] == [
         f"{cls.__name__} skipped 1 of 2 steps: gradient or curvature was not finite. "
         "stats['skipped_steps'] goes on counting."
@@ -370,84 +357,3 @@ def test_the_count_of_failures_survives_a_checkpoint(cls: type) -> None:
     assert again.stat("skipped_steps") == 2
     with pytest.warns(RuntimeWarning, match="skipped 3 of 4 steps"):
         again.step(nan_batch(x), y)
-
-
-# All together
-
-
-POISONS = ["none", "nan-x", "inf-x", "huge-x", "nan-grad", "inf-grad", "huge-grad", "zero-grad"]
-
-
-def poisoned_step(loop: Loop, x: Tensor, y: Tensor, poison: str) -> None:
-    """Take a step with a bad number somewhere."""
-    kind, _, place = poison.partition("-")
-    value = {"nan": math.nan, "inf": math.inf, "huge": 1e30, "zero": 0.0, "none": 0.0}[kind]
-    if place == "x":
-        x = x.clone()
-        x[0, 0] = value
-    loop.backward(x, y)
-    if place == "grad":
-        loop.model[0].weight.grad[0, 0] = value
-    loop.optimizer.step()
-
-
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
-@given(
-    cls=st.sampled_from([AdamQLR, SGDQLR]),
-    poisons=st.lists(st.sampled_from(POISONS), min_size=20, max_size=20),
-    options=st.fixed_dictionaries(
-        {
-            "damping_algorithm": st.sampled_from(
-                ["levenberg-marquardt", "decreasing-loss", "fixed"]
-            ),
-            "damping": st.sampled_from([0.0, 1e-3]),
-            "min_damping": st.sampled_from([0.0, 1e-8]),
-            "curvature": st.sampled_from(["fisher", "hessian"]),
-            "max_lr": st.sampled_from([None, 0.1]),
-            "curvature_update_interval": st.sampled_from([1, 3]),
-            "damping_update_interval": st.sampled_from([1, 2]),
-            "weight_decay": st.sampled_from([0.0, 0.01]),
-            "decoupled_weight_decay": st.booleans(),
-            "grad_clip_norm": st.sampled_from([None, 1.0]),
-            "direction_clip": st.sampled_from([None, 1.0]),
-            "update_clip_norm": st.sampled_from([None, 1.0]),
-            "lr_ema": st.sampled_from([0.0, 0.5]),
-            "curvature_ema": st.sampled_from([0.0, 0.5]),
-            "curvature_guard": st.booleans(),
-        }
-    ),
-    directional=st.sampled_from(["jvp", "fd"]),
-)
-def test_nothing_bad_ever_reaches_a_weight(
-    cls: type, poisons: list[str], options: dict[str, Any], directional: str
-) -> None:
-    make = partial(cls, **options, **PATIENT)
-    loop = Loop(network(dtype=torch.float32), make, directional=directional)
-    with warnings.catch_warnings():
-        # The self-check notices gradients that were changed by hand.
-        warnings.simplefilter("ignore", RuntimeWarning)
-        for (x, y), poison in zip(classification(20, dtype=torch.float32), poisons, strict=True):
-            poisoned_step(loop, x, y, poison)
-            assert everything_finite(loop), poison
-
-
-def saturating_run(seed: int, **options: Any) -> float:
-    """Train on small batches for 20 steps and return the loss over all data."""
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(10, 40), nn.ReLU(), nn.Linear(40, 4)).double()
-    x = torch.randn(200, 10, dtype=torch.float64)
-    y = (x @ torch.randn(10, 4, dtype=torch.float64)).argmax(dim=1)
-    loop = Loop(model, partial(AdamQLR, **options), directional="jvp")
-    for step in range(20):
-        rows = torch.arange(40) + 40 * (step % 5)
-        loop.step(x[rows], y[rows])
-    with torch.no_grad():
-        return F.cross_entropy(model(x), y).item()
-
-
-def test_the_default_cap_prevents_the_blow_up_of_saturated_predictions() -> None:
-    seeds = range(8)
-    uncapped = [saturating_run(seed, max_lr=None) for seed in seeds]
-    capped = [saturating_run(seed) for seed in seeds]
-    assert sum(loss > 4 for loss in uncapped) >= 5, uncapped
-    assert max(capped) < 1.0, capped

@@ -2,6 +2,7 @@
 
 import dataclasses
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -118,7 +119,7 @@ def test_converges_like_steepest_descent() -> None:
     rate = ((condition - 1) / (condition + 1)) ** 2
     loop = Loop(model, partial(SGDQLR, **EXACT_LINE_SEARCH), half_mse)
     above = [loss - lowest for loss in loop.train([(x, y)] * 10)]
-    for now, then in zip(above, above[1:], strict=False):
+    for now, then in pairwise(above):
         assert then <= rate * now + 1e-14
     assert above[-1] < 1e-3 * above[0]
 

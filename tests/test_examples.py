@@ -1,0 +1,44 @@
+"""Every file in examples/ runs, is listed in its README, and stays short."""
+
+import re
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+MAX_LINES = 100
+
+# Small settings, and what the last lines must say.
+SETTINGS: dict[str, tuple[list[str], list[str]]] = {
+    "plain_pytorch": (["--epochs", "3"], [r"attached epoch 2 loss", r"closure epoch 2 loss"]),
+    "lightning_unchanged": (["--epochs", "5"], [r"AdamW loss", r"AdamQLR loss"]),
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path: Path, run_python: Callable[..., subprocess.CompletedProcess[str]]) -> None:
+    """Runs without a warning, and its losses are small."""
+    arguments, expected = SETTINGS[path.stem]
+    done = run_python(["-W", "error::RuntimeWarning", path, *arguments])
+    assert done.returncode == 0, done.stderr
+    for text in expected:
+        (loss,) = re.findall(rf"^{text} (\S+)", done.stdout, flags=re.MULTILINE)
+        limit = 2.0 if "AdamW" in text else 0.6
+        assert float(loss) < limit, done.stdout
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_length(path: Path) -> None:
+    assert len(path.read_text("utf-8").splitlines()) < MAX_LINES
+
+
+def test_readme_lists_every_example() -> None:
+    text = (ROOT / "examples" / "README.md").read_text("utf-8")
+    listed = re.findall(r"^\| \[(\w+\.py)\]\((\w+\.py)\) \| .+ \| [\d.]+ \|$", text, re.MULTILINE)
+    assert sorted(listed) == [(path.name, path.name) for path in EXAMPLES]
+    assert set(SETTINGS) == {path.stem for path in EXAMPLES}
+    for name in re.findall(r"python examples/(\w+\.py)", text):
+        assert (ROOT / "examples" / name).exists()
