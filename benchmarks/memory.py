@@ -18,6 +18,8 @@ from functools import partial
 
 # AdamW's Trainer must be a stock one.
 os.environ["LIGHTNING_CURVATURE_AUTO_ATTACH"] = "0"
+# The profiler's own log would fill the terminal.
+os.environ.setdefault("KINETO_LOG_LEVEL", "6")
 
 import lightning.pytorch as pl
 import torch
@@ -80,7 +82,7 @@ def peak_memory(
         module = workload.module(make_optimizer, seed=seed)
         parameters = sum(p.numel() * p.element_size() for p in module.parameters())
         batches = workload.batches(1, batch_size=batch_size, seed=seed) * steps
-        trainer.fit(module, DataLoader(batches, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(batches, batch_size=None))
 
     gc.collect()
     return (_cuda_peak if device == "cuda" else _cpu_peak)(train), parameters
@@ -97,7 +99,7 @@ def _cuda_peak(train: Callable[[], None]) -> int:
 def _cpu_peak(train: Callable[[], None]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         train()
-    results = recorded.profiler.kineto_results  # type: ignore[union-attr]
+    results = recorded.profiler.kineto_results
     changes = [event for event in results.events() if event.name() == "[memory]"]
     if not changes:
         raise RuntimeError("The profiler of this torch version records no allocations.")

@@ -243,7 +243,7 @@ def train(
             variant.make_optimizer, extra_forwards=variant.extra_forwards, seed=setting.seed
         )
         repeated = [some[i % len(some)] for i in range(steps)]
-        trainer.fit(module, DataLoader(repeated, batch_size=None))  # type: ignore[arg-type]
+        trainer.fit(module, DataLoader(repeated, batch_size=None))
         starts = range(setting.warmup * CYCLE, steps, CYCLE)
         return [statistics.fmean(timer.seconds[start : start + CYCLE]) for start in starts]
     finally:

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -232,7 +232,7 @@ def train(
     epochs: int,
     marks: Sequence[int],
     seed: int,
-    directional: str = "auto",
+    directional: Literal["auto", "fd", "jvp"] = "auto",
 ) -> dict[Key, float]:
     """Train and return the losses on all training and test rows at the end of some epochs.
 
@@ -250,7 +250,7 @@ def train(
     """
     criterion: Callable[[Tensor, Tensor], Tensor] = half_mse
     if isinstance(optimizer, CurvatureOptimizer):
-        criterion = optimizer.attach_model(network, half_mse, directional=directional)  # type: ignore[arg-type]
+        criterion = optimizer.attach_model(network, half_mse, directional=directional)
     x, y = problem.train
     count = 1 if batch is None else math.ceil(len(x) / batch)
     generator = torch.Generator().manual_seed(seed)

@@ -22,7 +22,7 @@ def check_positive(name: str, value: Any, *, zero: bool = False) -> None:
         TypeError: If ``value`` is not a number.
         ValueError: If ``value`` is out of range.
 
-    Example:
+    Examples:
         >>> check_positive("damping", -0.1)
         Traceback (most recent call last):
             ...
@@ -57,7 +57,7 @@ def check_in_range(
         TypeError: If ``value`` is not a number.
         ValueError: If ``value`` is out of range.
 
-    Example:
+    Examples:
         >>> check_in_range("betas[0]", 1.0, 0, 1)
         Traceback (most recent call last):
             ...
@@ -83,7 +83,7 @@ def check_interval(name: str, value: Any) -> None:
         TypeError: If ``value`` is not an integer.
         ValueError: If ``value`` is below 1.
 
-    Example:
+    Examples:
         >>> check_interval("damping_update_interval", 0)
         Traceback (most recent call last):
             ...
@@ -109,7 +109,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     Raises:
         ValueError: If ``value`` is none of them.
 
-    Example:
+    Examples:
         >>> check_choice("curvature", "fischer", ("fisher", "hessian"))
         Traceback (most recent call last):
             ...

@@ -35,7 +35,7 @@ class CurvatureCLI(LightningCLI):
         *args: As for LightningCLI.
         **kwargs: As for LightningCLI.
 
-    Example:
+    Examples:
         ```console
         $ lightning-curvature fit --model my.Net --data my.Data --optimizer AdamQLR
         ```

@@ -68,7 +68,7 @@ def get_optimizer_info(name: str) -> OptimizerInfo:
     Raises:
         KeyError: If there is no such optimizer.
 
-    Example:
+    Examples:
         >>> get_optimizer_info("AdamQLR").copies
         2
     """

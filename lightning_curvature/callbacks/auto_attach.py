@@ -1,30 +1,15 @@
-"""Attaches by itself: Lightning asks this module for callbacks whenever a Trainer is built.
+"""AutoAttachCallback: what Lightning's entry point adds to every Trainer."""
 
-With it a stock ``Trainer(strategy="ddp")`` and ``configure_optimizers`` returning a curvature
-optimizer need no further line. The environment variable LIGHTNING_CURVATURE_AUTO_ATTACH=0 turns it
-off.
-"""
+from lightning_curvature.callbacks.curvature_callback import CurvatureCallback
 
-import logging
-import os
-from typing import Any
-
-__all__ = ["VARIABLE", "auto_attach_callbacks"]
-
-VARIABLE = "LIGHTNING_CURVATURE_AUTO_ATTACH"
-
-_log = logging.getLogger(__name__)
+__all__ = ["AutoAttachCallback"]
 
 
-def auto_attach_callbacks() -> list[Any]:
-    """Return the callback for a new Trainer; an empty list when switched off. Never raises."""
-    if os.environ.get(VARIABLE, "1").strip().lower() in ("0", "false", "off", "no"):
-        return []
-    try:
-        # Every Trainer of the environment comes here: nothing heavy at the top of this file.
-        from lightning_curvature.callbacks.auto_attach_callback import AutoAttachCallback
+class AutoAttachCallback(CurvatureCallback):
+    """Does what `CurvatureCallback` does, unless a strategy or callback of the user came first.
 
-        return [AutoAttachCallback()]
-    except Exception:  # a broken plugin must not break training without it
-        _log.warning("lightning_curvature could not prepare to attach by itself.", exc_info=True)
-        return []
+    A class of its own, so that a user's `CurvatureCallback` stays the only one of its type.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()

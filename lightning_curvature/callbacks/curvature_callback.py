@@ -29,7 +29,7 @@ class CurvatureCallback(Callback):
     Raises:
         ValueError: If an argument is none of the words above.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> trainer = L.Trainer(callbacks=[CurvatureCallback()], accelerator="cpu", logger=False)
     """

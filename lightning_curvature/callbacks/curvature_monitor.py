@@ -67,7 +67,7 @@ class CurvatureMonitor(Callback):
         ModuleNotFoundError: If ``plot`` is set and matplotlib is missing (in ``setup``).
         ValueError: If an argument is out of range.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch import Trainer
         >>> from lightning_curvature import CurvatureMonitor
         >>> monitor = CurvatureMonitor(every_n_steps=10)

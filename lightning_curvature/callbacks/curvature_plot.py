@@ -36,7 +36,7 @@ def plot_history(
         ModuleNotFoundError: If matplotlib is missing.
         ValueError: If ``history`` has no steps or ``axes`` are not four.
 
-    Example:
+    Examples:
         >>> history = {"step": [1, 2], "loss": [2.0, 1.0], "damping": [1e-3, 5e-4]}
         >>> figure, axes = plot_history(history)
         >>> [ax.get_ylabel() for ax in axes]

@@ -102,7 +102,7 @@ class AdamQLR(QLROptimizer):
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layers = torch.nn.Linear(3, 8), torch.nn.Tanh(), torch.nn.Linear(8, 2)
         >>> model = torch.nn.Sequential(*layers)

@@ -102,7 +102,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         Raises:
             ValueError: If some parameters of this optimizer are not in ``model``.
 
-        Example:
+        Examples:
             >>> import torch
             >>> from lightning_curvature import AdamQLR
             >>> model = torch.nn.Linear(3, 2)

@@ -62,7 +62,7 @@ class SGDQLR(QLROptimizer):
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
-    Example:
+    Examples:
         >>> import torch
         >>> layer = torch.nn.Linear(3, 1)
         >>> optimizer = SGDQLR(layer.parameters(), damping=0.1)

@@ -48,7 +48,7 @@ def declare_loss(
     Raises:
         ValueError: If ``kind`` is an unknown word.
 
-    Example:
+    Examples:
         >>> logits, targets = torch.randn(4, 3, requires_grad=True), torch.tensor([0, 2, 1, 1])
         >>> onehot = torch.nn.functional.one_hot(targets, 3)
         >>> loss = -(logits.log_softmax(-1) * onehot).sum() / 4

@@ -33,7 +33,7 @@ def in_extra_pass() -> bool:
     Use it in a ``training_step`` or hook with side effects that the library cannot undo: counters,
     direct ``self.logger.experiment`` calls, updates of a teacher network.
 
-    Example:
+    Examples:
         >>> in_extra_pass()
         False
     """

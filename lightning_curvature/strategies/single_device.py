@@ -30,7 +30,7 @@ class SingleDeviceCurvatureStrategy(CurvatureMixin, SingleDeviceStrategy):
         window: Micro-batches of an accumulation window that curvature is measured on: "all", or
             only the "last", which costs less.
 
-    Example:
+    Examples:
         >>> import lightning as L
         >>> trainer = L.Trainer(strategy="single_device_curvature", accelerator="cpu", logger=False)
         >>> type(trainer.strategy).__name__

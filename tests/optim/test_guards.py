@@ -144,8 +144,13 @@ def test_a_nan_loss_with_a_finite_gradient_is_survived(cls: type) -> None:
     loop = Loop(
         network(), partial(cls, **PATIENT), lambda z, y: F.cross_entropy(z, y) + float("nan")
     )
+    before, damping = loop.theta(), loop.optimizer.damping
     loop.train(classification(3))
     assert loop.is_finite()
+    # The gradient can be used; what the model promised cannot be judged.
+    assert not torch.equal(loop.theta(), before)
+    assert loop.optimizer.damping == damping
+    assert loop.stat("skipped_steps") == 0
 
 
 # Infinite new loss
@@ -208,7 +213,7 @@ class Saturated(nn.Module):
 def test_an_update_that_overflows_is_not_applied(algorithm: str, interval: int) -> None:
     """The step length is finite and so is the direction, but not their product."""
     options = {
-        "damping": 0.0,
+        "damping": 1e-38,
         "min_damping": 0.0,
         "max_lr": None,
         "damping_algorithm": algorithm,
@@ -221,9 +226,14 @@ def test_an_update_that_overflows_is_not_applied(algorithm: str, interval: int) 
         loop.optimizer.param_groups[0]["lr"] = 0.0
         loop.step(x, y)
         loop.optimizer.param_groups[0]["lr"] = 1.0
+    before, damping = loop.model.w.item(), loop.optimizer.damping
     loop.step(x, y)
     assert 0.0 < loop.stat("curvature") < 1e-30
-    assert loop.is_finite(), loop.model.w
+    assert loop.model.w.item() == before
+    assert loop.stat("skipped_steps") == 1
+    # The model was wrong; more damping shortens the next step.
+    factor = 1.0 if algorithm == "fixed" else 2.0
+    assert loop.optimizer.damping == pytest.approx(factor * damping, rel=1e-5)
 
 
 # Curvature

@@ -116,25 +116,28 @@ def test_lr_zero_moves_nothing(cls: type) -> None:
 
 @CLASSES
 @pytest.mark.parametrize("decoupled", [True, False])
-def test_weight_decay_per_group(cls: type, decoupled: bool) -> None:
+@pytest.mark.parametrize("lr", [0.5, 0.2, 0.0])
+def test_weight_decay_per_group(cls: type, decoupled: bool, lr: float) -> None:
     """One step with and without decay differ by the decay, in the group that has it."""
     ((x, y),) = classification(1)
-    decay, lr = 0.2, 0.5
-    options = {"lr": lr, "decoupled_weight_decay": decoupled}
-    plain = Loop(network(), partial(cls, **options))
-    loop = Loop(
-        network(),
-        partial(cls, **options),
-        groups=lambda model: per_layer(model, {}, {"weight_decay": decay}),
-    )
-    start = [p.detach().clone() for p in plain.model.parameters()]
-    plain.step(x, y)
-    loop.step(x, y)
+    decay, top_lr = 0.2, 0.5
+
+    def after_a_step(weight_decay: float) -> Loop:
+        loop = Loop(
+            network(),
+            partial(cls, lr=top_lr, decoupled_weight_decay=decoupled),
+            groups=lambda model: per_layer(model, {}, {"weight_decay": weight_decay, "lr": lr}),
+        )
+        loop.step(x, y)
+        return loop
+
+    start = [p.detach().clone() for p in network().parameters()]
+    plain, loop = after_a_step(0.0), after_a_step(decay)
     triples = zip(start, plain.model.parameters(), loop.model.parameters(), strict=True)
     for index, (old, without, with_decay) in enumerate(triples):
         expected = without
         if index >= 2:
-            shrink = loop.stat("lr") * decay
+            shrink = loop.stat("lr") * lr / top_lr * decay
             expected = without * (1 - shrink) if decoupled else without - lr * decay * old
         torch.testing.assert_close(with_decay, expected, rtol=1e-12, atol=1e-14)
 
