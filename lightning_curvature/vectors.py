@@ -27,17 +27,19 @@ def dot(xs: Vector, ys: Vector) -> Tensor:
         ys: Tensors of the same shapes.
     """
     dtype = scalar_dtype(xs)
-    parts = [
-        torch.dot(x.detach().reshape(-1).to(dtype), y.detach().reshape(-1).to(dtype))
-        for x, y in zip(xs, ys, strict=True)
-    ]
+    parts = [torch.dot(_flat(x, dtype), _flat(y, dtype)) for x, y in zip(xs, ys, strict=True)]
     return parts[0] if len(parts) == 1 else torch.stack(parts).sum()
+
+
+def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
+    flat = x.reshape(-1)
+    return flat if flat.dtype == dtype else flat.to(dtype)
 
 
 def norm(xs: Vector) -> Tensor:
     """Return the Euclidean norm of a vector, a 0-dim tensor."""
     dtype = scalar_dtype(xs)
-    parts = torch._foreach_norm([x.detach() for x in xs], 2, dtype=dtype)
+    parts = torch._foreach_norm(list(xs), 2, dtype=dtype)
     total: Tensor = torch.linalg.vector_norm(torch.stack(parts))
     return total
 

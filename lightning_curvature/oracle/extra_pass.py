@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Environment", "RandomState", "autocast_enabled", "extra_pass", "in_extra_pass"]
+__all__ = ["Environment", "RandomState", "extra_pass", "in_extra_pass"]
 
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
@@ -100,11 +100,6 @@ def _device_rng(device: torch.device) -> Tensor:
     return state
 
 
-def autocast_enabled(device_type: str) -> bool:
-    """Tell whether autocast is on for a kind of device."""
-    return torch.is_autocast_enabled(device_type)
-
-
 @dataclass
 class _Buffer:
     """A buffer slot as the main pass found it; ``value`` is None where no copy was taken."""
@@ -126,6 +121,7 @@ class Environment:
         autocast: (enabled, dtype) of autocast on that device.
         default_dtype: torch's default dtype.
         buffers: Buffers of the module.
+        metrics: Metrics (of torchmetrics) in the module.
     """
 
     device: torch.device
@@ -133,6 +129,7 @@ class Environment:
     autocast: tuple[bool, torch.dtype]
     default_dtype: torch.dtype
     buffers: list[_Buffer] = field(default_factory=list)
+    metrics: list[nn.Module] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -149,11 +146,17 @@ class Environment:
         environment = cls(
             device,
             RandomState.now(device),
-            (autocast_enabled(kind), torch.get_autocast_dtype(kind)),
+            (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)),
             torch.get_default_dtype(),
+        )
+        torchmetrics = sys.modules.get("torchmetrics")
+        kinds = (
+            (torchmetrics.Metric, torchmetrics.MetricCollection) if torchmetrics is not None else ()
         )
         skip = unchanging or set()
         for submodule in module.modules() if module is not None else ():
+            if isinstance(submodule, kinds):
+                environment.metrics.append(submodule)
             slot = submodule._buffers
             for name, tensor in slot.items():
                 if tensor is not None:
@@ -204,15 +207,9 @@ def _buffers_of(environment: Environment) -> Iterator[None]:
 
 
 @contextmanager
-def _metrics_of(module: nn.Module | None) -> Iterator[None]:
+def _metrics_of(environment: Environment) -> Iterator[None]:
     """Let metrics count on copies of their states."""
-    torchmetrics = sys.modules.get("torchmetrics")
-    if torchmetrics is None or module is None:
-        yield
-        return
-    kinds = (torchmetrics.Metric, torchmetrics.MetricCollection)
-    found = [m for m in module.modules() if isinstance(m, kinds)]
-    saved = [(m, dict(m.__dict__)) for m in found]
+    saved = [(metric, dict(metric.__dict__)) for metric in environment.metrics]
     # Metrics of one collection may share a state: they go on sharing its copy.
     copies: dict[int, Any] = {}
     for metric, attributes in saved:
@@ -231,13 +228,10 @@ def _metrics_of(module: nn.Module | None) -> Iterator[None]:
 
 
 @contextmanager
-def extra_pass(
-    module: nn.Module | None, environment: Environment, contexts: Sequence[ContextFactory] = ()
-) -> Iterator[None]:
+def extra_pass(environment: Environment, contexts: Sequence[ContextFactory] = ()) -> Iterator[None]:
     """Recreate the environment of a main pass, then put everything back.
 
     Args:
-        module: The module of the main pass.
         environment: Environment of the main pass.
         contexts: Makers of further contexts (a precision plugin's, one that silences logging).
     """
@@ -255,6 +249,6 @@ def extra_pass(
         torch.set_default_dtype(environment.default_dtype)
         stack.callback(RandomState.now(environment.device).restore)
         stack.enter_context(_buffers_of(environment))
-        stack.enter_context(_metrics_of(module))
+        stack.enter_context(_metrics_of(environment))
         environment.random_state.restore()
         yield

@@ -46,7 +46,7 @@ class Replay:
         Raises:
             RuntimeError: If it returns no loss this time.
         """
-        with extra_pass(self.module, record.environment, self.contexts):
+        with extra_pass(record.environment, self.contexts):
             yield _present(record.run())
 
     def total(self, record: PassRecord) -> Tensor:
