@@ -19,6 +19,7 @@ def scalar_dtype(xs: Vector) -> torch.dtype:
     return torch.float64 if any(x.dtype == torch.float64 for x in xs) else torch.float32
 
 
+@torch.no_grad()
 def dot(xs: Vector, ys: Vector) -> Tensor:
     """Return the inner product of two vectors, a 0-dim tensor.
 
@@ -36,6 +37,7 @@ def _flat(x: Tensor, dtype: torch.dtype) -> Tensor:
     return flat if flat.dtype == dtype else flat.to(dtype)
 
 
+@torch.no_grad()
 def norm(xs: Vector) -> Tensor:
     """Return the Euclidean norm of a vector, a 0-dim tensor."""
     dtype = scalar_dtype(xs)
