@@ -74,7 +74,8 @@ class AdamQLR(QLROptimizer):
         amplification: Factor on the derived step length; > 0.
         lr_ema: Weight of the old value in a running average of the step length; in [0, 1). None for
             0 if the curvature is measured on every step and 0.8 otherwise.
-        curvature_ema: Weight of the old value in a running average of d^T C d; in [0, 1).
+        curvature_ema: Weight of the old value in a running average of the damped curvature; in [0,
+            1).
         curvature_ema_init: Start of that average; None for the first measurement. The official code
             starts from 1e7, which keeps the first steps tiny.
         saddle_free: Whether to divide by the absolute value of the damped curvature.

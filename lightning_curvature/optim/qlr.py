@@ -249,21 +249,20 @@ class QLROptimizer(CurvatureOptimizer):
         if group["curvature"] == "hessian" and group["maximize"]:
             curvature = -curvature
         slope = answer.slope.to(slope.dtype) * gradient.factor if unclipped is None else unclipped
-        curvature = self._averaged_curvature(curvature, group)
         stats.update(slope=slope, curvature=curvature)
-        return slope, *self._step_length(
-            slope, curvature, damping * squared, gradient.finite, group
-        )
+        term = damping * squared
+        if group["curvature_ema"] > 0:
+            curvature = self._averaged_kappa(curvature + term, group) - term
+        return slope, *self._step_length(slope, curvature, term, gradient.finite, group)
 
-    def _averaged_curvature(self, curvature: Tensor, group: dict[str, Any]) -> Tensor:
-        decay = group["curvature_ema"]
-        if decay == 0:
-            return curvature
+    def _averaged_kappa(self, kappa: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return the running average of the damped curvature."""
         average = self._scalars.get("curvature_average")
         start = group["curvature_ema_init"]
         if average is None and start is not None:
-            average = torch.full_like(curvature, start)
-        average = _running_average(average, curvature, decay, torch.isfinite(curvature))
+            average = torch.full_like(kappa, start)
+        decay = group["curvature_ema"]
+        average = _running_average(average, kappa, decay, torch.isfinite(kappa))
         self._scalars["curvature_average"] = average
         return average
 
@@ -313,15 +312,20 @@ class QLROptimizer(CurvatureOptimizer):
         else:
             # The reference adds the decay to the step: delta = alpha d + wd theta, times lr.
             vectors.scale_(direction, alpha)
-            for p, d, decay in zip(params, direction, self._weight_decays(params), strict=True):
+            for p, d, decay in zip(params, direction, self._decays(params, top_lr), strict=True):
                 d.add_(p, alpha=decay)
             move = top_lr * _clip_factor(vectors.norm(direction), limit) * usable
             length = alpha * move
         vectors.add_scaled_(params, direction, -move)
         return length, move
 
-    def _weight_decays(self, params: list[Tensor]) -> list[float]:
-        decays = {id(p): g["weight_decay"] for g in self.param_groups for p in g["params"]}
+    def _decays(self, params: list[Tensor], top_lr: float) -> list[float]:
+        """Return the weight decay of each parameter in proportion to its group's ``lr``."""
+        decays = {
+            id(p): g["weight_decay"] * (float(g["lr"]) / top_lr if top_lr > 0 else 0.0)
+            for g in self.param_groups
+            for p in g["params"]
+        }
         return [decays[id(p)] for p in params]
 
     def _decay(self, length: Tensor, top_lr: float) -> None:

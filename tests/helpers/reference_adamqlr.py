@@ -125,13 +125,13 @@ class ReferenceQLR:
         if s.direction_clip is not None:
             d = d.clamp(-s.direction_clip, s.direction_clip)
         # 3. Curvature.
-        curvature = (d @ self._matrix(x, y) @ d).item()
-        if s.curvature_ema > 0:
-            old = curvature if self.mean_curvature is None else self.mean_curvature
-            curvature = s.curvature_ema * old + (1 - s.curvature_ema) * curvature
-            self.mean_curvature = curvature
+        measured = curvature = (d @ self._matrix(x, y) @ d).item()
         damping_term = self.damping * (d @ d).item()
         kappa = curvature + damping_term
+        if s.curvature_ema > 0:
+            old = kappa if self.mean_curvature is None else self.mean_curvature
+            kappa = self.mean_curvature = s.curvature_ema * old + (1 - s.curvature_ema) * kappa
+            curvature = kappa - damping_term
         if s.saddle_free:
             kappa = abs(kappa)
         if s.curvature_guard and kappa <= 0:
@@ -181,7 +181,7 @@ class ReferenceQLR:
             "step_length": alpha,
             "lr": length,
             "slope": a,
-            "curvature": curvature,
+            "curvature": measured,
             "quad_model_change": q,
             "reduction_ratio": rho,
             "damping": self.damping,

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from lightning_curvature import SGDQLR, AdamQLR
@@ -203,9 +204,27 @@ def test_no_step_is_carried_over_from_a_bad_measurement(cls: type) -> None:
     loop.step(x * math.nan, y)
     loop.train(rest[:2])
     assert torch.equal(loop.theta(), before)
+    assert loop.stat("skipped_steps") == 1
     loop.train(rest[2:])
     assert not torch.equal(loop.theta(), before)
     assert bool(torch.isfinite(loop.theta()).all())
+
+
+@CLASSES
+def test_a_negative_step_is_not_carried_over(cls: type) -> None:
+    """The unguarded Hessian climbs a concave slope where it was measured, but no further."""
+    model = nn.Linear(1, 1, bias=False, dtype=torch.float64)
+    nn.init.constant_(model.weight, 1.0)
+    options = {"curvature": "hessian", "curvature_guard": False, "curvature_update_interval": 3}
+    loop = Loop(model, partial(cls, **options), lambda z, y: F.mse_loss(torch.tanh(2 * z), y))
+    x, y = torch.ones(1, 1, dtype=torch.float64), torch.zeros(1, 1, dtype=torch.float64)
+    loop.step(x, y)
+    assert loop.stat("step_length") < 0
+    climbed = model.weight.item()
+    assert climbed > 1.0
+    loop.train([(x, y)] * 2)
+    assert loop.stat("step_length") == 0.0
+    assert model.weight.item() == climbed
 
 
 @CLASSES
