@@ -121,6 +121,7 @@ class AdamQLR(QLROptimizer):
         Clarke and Hernandez-Lobato, 2024, arXiv:2310.14963.
     """
 
+    long_step: ClassVar[float | None] = 1.0
     state_names: ClassVar[tuple[str, ...]] = ("step", "exp_avg", "exp_avg_sq")
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Counts steps that could not be used, without waiting for the device."""
+"""Watches for steps that could not be used, or are too long, without waiting for the device."""
 
 import warnings
 from collections.abc import Mapping
@@ -15,12 +15,14 @@ class FailureCounter:
     Args:
         name: Name of the optimizer, for messages.
         limit: Failures in a row after which training stops.
+        long_step: Step length above which the user is told; None for never.
     """
 
-    def __init__(self, name: str, limit: int) -> None:
+    def __init__(self, name: str, limit: int, long_step: float | None = None) -> None:
         self.name = name
         self.limit = limit
-        self._warned = False
+        self.long_step = long_step
+        self._warned: set[str] = set()
 
     def update(self, counts: dict[str, Tensor], usable: Tensor) -> None:
         """Count one step.
@@ -35,19 +37,20 @@ class FailureCounter:
         counts["skipped_steps"] = counts["skipped_steps"] + bad
 
     def check(self, counts: Mapping[str, Tensor], step: int, stats: Mapping[str, Tensor]) -> None:
-        """Warn of unusable steps, and stop after too many in a row.
+        """Warn of unusable or overlong steps, and stop after too many unusable ones in a row.
 
         Args:
             counts: See `update`.
             step: Number of the step, from 1; the counts are read if ``limit`` divides it.
-            stats: Last measurements, for the message.
+            stats: Last measurements; "step_length" is checked.
 
         Raises:
             RuntimeError: After ``limit`` or more unusable steps in a row.
         """
         if step % self.limit:
             return
-        failures, skipped = torch.stack([counts["failures"], counts["skipped_steps"]]).tolist()
+        read = torch.stack([counts["failures"], counts["skipped_steps"], stats["step_length"]])
+        failures, skipped, length = read.tolist()
         if failures >= self.limit:
             history = {key: float(value) for key, value in stats.items()}
             raise RuntimeError(
@@ -55,11 +58,21 @@ class FailureCounter:
                 f"curvature was not finite. Last measurements: {history}. Look for NaN in the "
                 "data, lower max_lr, or raise min_damping."
             )
-        if skipped and not self._warned:
-            self._warned = True
-            warnings.warn(
+        if skipped:
+            self._warn(
+                "skipped",
                 f"{self.name} skipped {int(skipped)} of {step} steps: gradient or curvature was "
                 "not finite. stats['skipped_steps'] goes on counting.",
-                RuntimeWarning,
-                stacklevel=4,
             )
+        if self.long_step is not None and abs(length) > self.long_step:
+            self._warn(
+                "long",
+                f"{self.name} derived a step length of {length:.3g}. Where predictions saturate "
+                "the curvature vanishes and nothing else limits the step: set max_lr (0.03 to "
+                "0.1), or enlarge the batch.",
+            )
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=5)

@@ -58,19 +58,24 @@ class QLROptimizer(CurvatureOptimizer):
     """
 
     asks: ClassVar[frozenset[str]] = frozenset({"loss", "directional"})
+    # Step length above which the user is told, None where d has no natural scale.
+    long_step: ClassVar[float | None] = None
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_arguments(defaults)
         damping = float(defaults["damping"])
         super().__init__(params, {**defaults, "damping": torch.tensor(damping)})
         self.damping = damping
-        self._failures = FailureCounter(type(self).__name__, int(defaults["max_failures"]))
+        self._failures = self._new_failure_counter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or deep copy."""
         super().__setstate__(state)
+        self._failures = self._new_failure_counter()
+
+    def _new_failure_counter(self) -> FailureCounter:
         limit = int(self.param_groups[0]["max_failures"])
-        self._failures = FailureCounter(type(self).__name__, limit)
+        return FailureCounter(type(self).__name__, limit, self.long_step)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group.

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -367,3 +368,26 @@ def test_the_count_of_failures_survives_a_checkpoint(cls: type) -> None:
     assert again.stat("skipped_steps") == 2
     with pytest.warns(RuntimeWarning, match="skipped 3 of 4 steps"):
         again.step(nan_batch(x), y)
+
+
+# Overlong steps
+
+
+@pytest.mark.parametrize("max_lr", [None, 0.1])
+def test_an_overlong_step_is_announced(max_lr: float | None) -> None:
+    """A flat loss with a slope: nothing but the damping, here tiny, limits the step."""
+    weight = torch.nn.Parameter(torch.zeros(1, 2))
+    optimizer = AdamQLR([weight], damping=1e-8, max_lr=max_lr, max_failures=1)
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = torch.nn.functional.l1_loss(torch.ones(4, 2) @ weight.T, torch.full((4, 1), 1e9))
+        loss.backward()
+        return loss
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        optimizer.step(closure)
+    said = [str(w.message) for w in caught if "derived a step length of" in str(w.message)]
+    assert len(said) == (max_lr is None)
+    assert all("set max_lr" in text for text in said)

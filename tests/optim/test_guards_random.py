@@ -5,6 +5,7 @@ import warnings
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
@@ -84,6 +85,7 @@ def saturating_run(seed: int, **options: Any) -> float:
         return F.cross_entropy(model(x), y).item()
 
 
+@pytest.mark.filterwarnings("ignore:AdamQLR derived a step length:RuntimeWarning")
 def test_the_default_cap_prevents_the_blow_up_of_saturated_predictions() -> None:
     seeds = range(8)
     uncapped = [saturating_run(seed, max_lr=None) for seed in seeds]
