@@ -1,5 +1,8 @@
 """AutoAttachCallback: what Lightning's entry point adds to every Trainer."""
 
+import lightning.pytorch as pl
+from typing_extensions import override
+
 from lightning_curvature.callbacks.curvature_callback import CurvatureCallback
 
 __all__ = ["AutoAttachCallback"]
@@ -13,3 +16,11 @@ class AutoAttachCallback(CurvatureCallback):
 
     def __init__(self) -> None:
         super().__init__()
+
+    @override
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Attach unless the user's own callback will, even if it stands further down the list."""
+        callbacks: list[pl.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        theirs = (c for c in callbacks if not isinstance(c, AutoAttachCallback))
+        if not any(isinstance(callback, CurvatureCallback) for callback in theirs):
+            super().on_fit_start(trainer, pl_module)

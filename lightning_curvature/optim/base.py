@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
 from lightning_curvature.oracle.plain import ModelOracle
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.ranks import mean_over_ranks
 from lightning_curvature.oracle.window import DirectionalMethod
 
 __all__ = ["CurvatureOptimizer"]
@@ -119,6 +120,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             wanted=self.wants_record,
             directional=directional,
             grad_scaler=grad_scaler,
+            mean=mean_over_ranks,
         )
         self.attach(oracle)
         return oracle.criterion
@@ -141,12 +143,22 @@ class CurvatureOptimizer(Optimizer, ABC):
                     "Trainer(callbacks=...), or call optimizer.attach_model(model, loss_fn) in a "
                     "plain loop. (Learning-rate finder runs drop callbacks: use the strategy.)"
                 )
-            self.attach(ClosureOracle(self._all_params()))
+            self.attach(ClosureOracle(self._all_params(), mean=mean_over_ranks))
             warn_bare_closure(name)
         assert self.oracle is not None
         return self.oracle
 
     # Stepping
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients.
+
+        Args:
+            set_to_none: Whether to remove them instead of filling them with zeros.
+        """
+        if self.oracle is not None:
+            self.oracle.zeroed()
+        super().zero_grad(set_to_none)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -177,6 +189,8 @@ class CurvatureOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 result = closure() if oracle is None else oracle.evaluate(closure)
         params = [p for p in self._all_params() if p.grad is not None]
+        if oracle is not None and oracle.without_backward:
+            return result
         # Without gradients, or without the loss they belong to, there is nothing to step on:
         # training_step returned None, or a callback skipped the backward.
         if params and asked and oracle is not None and not oracle.ready:

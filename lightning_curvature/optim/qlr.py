@@ -42,6 +42,14 @@ _OWN_PER_GROUP = ("params", "lr", "weight_decay")
 _CARRIED_LR_EMA = 0.8
 
 
+# Where the groups keep the argument ``max_lr``: torch's OneCycleLR writes its own "max_lr" there.
+_CAP = "max_step_length"
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    return {_CAP if key == "max_lr" else key: value for key, value in group.items()}
+
+
 class QLROptimizer(CurvatureOptimizer):
     """Base of the optimizers that derive their learning rate from a quadratic model.
 
@@ -63,9 +71,9 @@ class QLROptimizer(CurvatureOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_arguments(defaults)
-        damping = float(defaults["damping"])
-        super().__init__(params, {**defaults, "damping": torch.tensor(damping)})
-        self.damping = damping
+        damping = torch.tensor(float(defaults["damping"]), dtype=torch.float64)
+        super().__init__(params, _renamed({**defaults, "damping": damping}))
+        self.damping = self.param_groups[0]["damping"]
         self._failures = self._new_failure_counter()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -87,14 +95,16 @@ class QLROptimizer(CurvatureOptimizer):
             ValueError: If an argument is out of range, or differs from the other groups though it
                 is one value for all.
         """
-        damping = float(param_group.get("damping", self.defaults["damping"]))
-        check_arguments({**self.defaults, **param_group, "damping": damping})
-        super().add_param_group(param_group)
+        given = {**self.defaults, **_renamed(param_group)}
+        cap = given.pop(_CAP)
+        check_arguments({**given, "max_lr": cap, "damping": float(given["damping"])})
+        super().add_param_group(_renamed(param_group))
 
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that are one value for all groups."""
-        return tuple(name for name in self.defaults if name not in _OWN_PER_GROUP)
+        own = {*_OWN_PER_GROUP, "differentiable"}  # torch adds the last one to the defaults
+        return tuple(name for name in self.defaults if name not in own)
 
     @property
     def damping(self) -> float:
@@ -287,7 +297,7 @@ class QLROptimizer(CurvatureOptimizer):
             saddle_free=group["saddle_free"],
             guard=group["curvature_guard"],
         )
-        cap = group["max_lr"]
+        cap = group[_CAP]
         if cap is not None:
             alpha = alpha.clamp(-cap, cap)
         alpha = alpha * group["amplification"]

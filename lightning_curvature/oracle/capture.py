@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, get_gradient_edge
 from torch.overrides import TorchFunctionMode, handle_torch_function, has_torch_function_variadic
 
+from lightning_curvature.oracle.extra_pass import version_of
+
 __all__ = ["SUPPORTED_LOSSES", "LossCapture", "RawCall", "declare_loss"]
 
 DeclaredKind = Literal["cross_entropy", "mse", "bce_with_logits"] | Callable[[Tensor, Any], Tensor]
@@ -131,6 +133,6 @@ class LossCapture(TorchFunctionMode):
             if not torch.compiler.is_compiling():
                 edge = get_gradient_edge(output) if output.requires_grad else None
                 tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor)]
-                versions = tuple((x, x._version) for x in tensors)
+                versions = tuple((x, version_of(x)) for x in tensors)
             self.calls.append(RawCall(func, args, kwargs, output, versions, edge))
         return output

@@ -23,6 +23,7 @@ from lightning_curvature.oracle.replay import Replay, load_forward_mode, matched
 
 __all__ = [
     "PROBE_LENGTHS",
+    "Measured",
     "finite_differences",
     "forward_mode",
     "hessian_form",
@@ -30,12 +31,15 @@ __all__ = [
 ]
 
 Vector = Sequence[Tensor]
+Measured = tuple[Tensor, Tensor, Tensor]
 
 # Length of a finite-difference probe relative to the parameters: round-off and the curvature of the
 # model balance near the square root of the machine precision.
 PROBE_LENGTHS = {torch.float32: 1e-4, torch.float64: 1e-7}
 # A model near zero has no scale of its own.
 _MIN_PARAMETER_NORM = 1e-2
+# Round-off of a loss, in units of the machine precision.
+_ROUNDOFF = 4.0
 
 
 def _zero(params: Vector) -> Tensor:
@@ -49,7 +53,7 @@ def finite_differences(
     params: Vector,
     direction: Vector,
     scaling: RegressionScaling,
-) -> tuple[Tensor, Tensor]:
+) -> Measured:
     """Difference the model outputs between theta + eps d and theta; one forward per micro-batch.
 
     Args:
@@ -59,10 +63,11 @@ def finite_differences(
         direction: The direction, one tensor per parameter.
         scaling: See `Oracle.directional`.
     """
-    slope = curvature = _zero(params)
+    slope = curvature = roundoff = _zero(params)
     dtype = slope.dtype
     length = vectors.norm(params).clamp_min(_MIN_PARAMETER_NORM)
-    eps = PROBE_LENGTHS[dtype] * length
+    # The coarsest parameters must still move.
+    eps = max(PROBE_LENGTHS[p.dtype] for p in params) * length
     eps = eps / vectors.norm(direction).clamp_min(torch.finfo(dtype).tiny)
     saved = vectors.clone(params)
     try:
@@ -70,8 +75,10 @@ def finite_differences(
         for record in records:
             with LossCapture() as capture:
                 total = replay.total(record)
-            change = total.to(dtype) - record.total().to(dtype)
-            slope = slope + change / eps * record.weight
+            before = record.total().to(dtype)
+            slope = slope + (total.to(dtype) - before) / eps * record.weight
+            noise = _ROUNDOFF * torch.finfo(dtype).eps * before.abs()
+            roundoff = roundoff + noise / eps * record.weight
             for term, loss in matched_terms(record, capture.calls):
                 values = term.loss.values()
                 tangents = [
@@ -83,7 +90,8 @@ def finite_differences(
     finally:
         # By copy: theta + eps d - eps d is not theta.
         vectors.copy_(params, saved)
-    return slope, curvature
+    # A forward difference is off by half the curvature times eps, which is known here.
+    return slope - 0.5 * eps * curvature, curvature, roundoff
 
 
 @torch.no_grad()
@@ -93,7 +101,7 @@ def forward_mode(
     params: Vector,
     direction: Vector,
     scaling: RegressionScaling,
-) -> tuple[Tensor, Tensor]:
+) -> Measured:
     """Push the direction forward through the model with dual tensors; exact.
 
     Args:
@@ -127,7 +135,7 @@ def forward_mode(
             values, tangents = [pair[0] for pair in pairs], [pair[1] for pair in pairs]
             form = quadratic_form(term.loss, values, tangents, term.coefficient, scaling)
             curvature = curvature + form.to(dtype) * record.weight
-    return slope, curvature
+    return slope, curvature, _zero(params)
 
 
 @contextmanager
@@ -185,7 +193,7 @@ def hessian_product(
 
 def hessian_form(
     replay: Replay, records: Sequence[PassRecord], params: Vector, direction: Vector
-) -> tuple[Tensor, Tensor]:
+) -> Measured:
     """Differentiate the slope once more, by double backward.
 
     Args:
@@ -201,4 +209,4 @@ def hessian_form(
         for product, d in zip(products, direction, strict=True):
             if product is not None:
                 curvature = curvature + vectors.dot([product], [d]) * record.weight
-    return slope, curvature
+    return slope, curvature, _zero(params)

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Environment", "RandomState", "extra_pass", "in_extra_pass"]
+__all__ = ["Environment", "RandomState", "extra_pass", "in_extra_pass", "version_of"]
 
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
@@ -38,6 +38,18 @@ def in_extra_pass() -> bool:
         False
     """
     return _depth > 0
+
+
+def version_of(tensor: Tensor) -> int:
+    """Return the version counter of a tensor, -1 for one made in inference mode, which has none."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _is_fixed(tensor: Tensor) -> bool:
+    """Tell whether a buffer cannot be written to: made in inference mode, or expanded."""
+    if tensor.is_inference():
+        return True
+    return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 
 @contextmanager
@@ -110,6 +122,10 @@ class _Buffer:
     value: Tensor | None
     version: int
 
+    def is_unchanged(self) -> bool:
+        """Tell whether the slot still holds the same tensor with the same value."""
+        return self.slot.get(self.name) is self.tensor and version_of(self.tensor) == self.version
+
 
 @dataclass
 class Environment:
@@ -160,8 +176,11 @@ class Environment:
             slot = submodule._buffers
             for name, tensor in slot.items():
                 if tensor is not None:
-                    value = None if id(tensor) in skip else tensor.detach().clone()
-                    environment.buffers.append(_Buffer(slot, name, tensor, value, tensor._version))
+                    kept = id(tensor) in skip or _is_fixed(tensor)
+                    value = None if kept else tensor.detach().clone()
+                    environment.buffers.append(
+                        _Buffer(slot, name, tensor, value, version_of(tensor))
+                    )
         return environment
 
     def learn_unchanging(self, unchanging: set[int]) -> None:
@@ -171,11 +190,7 @@ class Environment:
             unchanging: Set to update in place, after the main pass.
         """
         for buffer in self.buffers:
-            changed = (
-                buffer.slot.get(buffer.name) is not buffer.tensor
-                or buffer.tensor._version != buffer.version
-            )
-            if changed:
+            if not buffer.is_unchanged():
                 unchanging.discard(id(buffer.tensor))
             elif buffer.tensor.numel() > LARGE_BUFFER:
                 unchanging.add(id(buffer.tensor))
@@ -184,13 +199,14 @@ class Environment:
 @contextmanager
 def _buffers_of(environment: Environment) -> Iterator[None]:
     """Give the module the buffers of the main pass and afterwards its present ones."""
-    present: list[tuple[_Buffer, Tensor | None, Tensor | None]] = []
-    for buffer in environment.buffers:
-        live = buffer.slot.get(buffer.name)
-        untouched = buffer.value is None and live is buffer.tensor
-        if not (untouched and buffer.tensor._version == buffer.version):
-            copy = None if live is None else live.detach().clone()
-            present.append((buffer, live, copy))
+    present = [
+        (buffer, live, None if live is None or _is_fixed(live) else live.detach().clone())
+        for buffer in environment.buffers
+        # A large buffer that nobody touched is left alone. Small ones are always copied: batch
+        # normalization writes its statistics without counting a version.
+        if not (buffer.value is None and buffer.is_unchanged())
+        for live in [buffer.slot.get(buffer.name)]
+    ]
     try:
         with torch.no_grad():
             for buffer, _, _ in present:

@@ -46,6 +46,14 @@ class BoundLoss:
     arguments: Arguments
     inputs: tuple[str, ...]
 
+    def detached(self) -> "BoundLoss":
+        """Return the same call without its graph."""
+        arguments = {
+            name: value.detach() if isinstance(value, Tensor) else value
+            for name, value in self.arguments.items()
+        }
+        return BoundLoss(self.function, arguments, self.inputs)
+
     def values(self) -> list[Tensor]:
         """Return the inputs, detached."""
         return [self.arguments[name].detach() for name in self.inputs]

@@ -32,6 +32,20 @@ class _Forward:
         self.finished = False
 
 
+class _Hook:
+    """A forward hook that copies and pickles of the model carry along without its effect."""
+
+    def __init__(self, function: Callable[..., None] | None = None) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> None:
+        if self.function is not None:
+            self.function(*args)
+
+    def __reduce__(self) -> tuple[type["_Hook"], tuple[()]]:
+        return type(self), ()
+
+
 class ModelOracle(ClosureOracle):
     """Watches a model and its loss function in an ordinary training loop.
 
@@ -68,8 +82,8 @@ class ModelOracle(ClosureOracle):
         self._grad_scaler = grad_scaler
         self._forward: _Forward | None = None
         self._hooks = [
-            model.register_forward_pre_hook(self._before_forward, with_kwargs=True),
-            model.register_forward_hook(self._after_forward),
+            model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
+            model.register_forward_hook(_Hook(self._after_forward)),
         ]
 
     def close(self) -> None:
@@ -85,28 +99,25 @@ class ModelOracle(ClosureOracle):
             "attach_model returned, on the output of the attached model, or pass a closure to step."
         )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> "ModelOracle":
-        """Return itself: a copied model (an average of weights, say) is another model."""
-        return self
-
     def clear(self) -> None:
         """Forget the recorded micro-batches."""
         super().clear()
         self._forward = None
 
+    def zeroed(self) -> None:
+        """Forget batches whose gradient is gone: their step was skipped (by a scaler, say)."""
+        if not (self.recording or in_extra_pass()):
+            self.records = [record for record in self.records if record.loss is None]
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        # A deep copy of the model carries this hook along.
-        if module is not self._model or self.recording or in_extra_pass():
-            return
-        if not (torch.is_grad_enabled() and self._wanted()):
+        if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
             return
         environment = Environment.of(self.module, self.device, self.unchanging_buffers)
         self._forward = _Forward(args, kwargs, environment)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
-        ours = module is self._model and not in_extra_pass()
-        if forward is not None and ours and not forward.finished:
+        if forward is not None and not forward.finished and not in_extra_pass():
             forward.output, forward.finished = output, True
 
     def criterion(self, output: Any, *targets: Any, **kwargs: Any) -> Tensor:

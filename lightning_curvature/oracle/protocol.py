@@ -47,9 +47,12 @@ class Oracle(ABC):
 
     Attributes:
         capabilities: What can be asked: any of "loss", "directional", "hvp".
+        without_backward: Whether the training loop left out the backward of this step, so that the
+            gradients are stale.
     """
 
     capabilities: frozenset[str] = frozenset()
+    without_backward: bool = False
 
     @property
     @abstractmethod
@@ -114,6 +117,9 @@ class Oracle(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Forget the recorded micro-batches; called after every optimizer step."""
+
+    def zeroed(self) -> None:  # noqa: B027 - most oracles need not know
+        """Hear that the gradients were set to zero."""
 
     def missing(self) -> str | None:
         """Return what to tell the user when gradients came without a recorded loss.

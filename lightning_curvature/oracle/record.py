@@ -1,7 +1,8 @@
 """What the main pass of one micro-batch leaves behind for the oracle."""
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+import copy
+from collections.abc import Callable, Iterable, Mapping, MutableMapping
+from dataclasses import dataclass, field, is_dataclass
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from lightning_curvature.oracle.capture import SUPPORTED_LOSSES, RawCall
-from lightning_curvature.oracle.extra_pass import Environment
+from lightning_curvature.oracle.extra_pass import Environment, version_of
 from lightning_curvature.oracle.heads import BoundLoss, bind_loss
 from lightning_curvature.oracle.protocol import NoLossCapturedError
 
@@ -126,7 +127,7 @@ def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:
         loss = bind_loss(call)
         if not loss.inputs:
             continue
-        if call.versions and any(x._version != version for x, version in call.versions):
+        if call.versions and any(version_of(x) != version for x, version in call.versions):
             raise RuntimeError(
                 f"An argument of {SUPPORTED_LOSSES[call.function]} was changed in place after the "
                 "call, so the curvature of this loss cannot be computed. Change a copy: write "
@@ -135,7 +136,7 @@ def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:
         value = call.output.detach()
         # Only a fresh loss still has the value that belongs to the coefficient.
         share = (coefficient * value).sum() if value._version == 0 else None
-        terms.append(LossTerm(index, loss, coefficient.detach(), share))
+        terms.append(LossTerm(index, loss.detached(), coefficient.detach(), share))
     return terms
 
 
@@ -147,12 +148,32 @@ def copied_containers(batch: Any) -> Any:
     Args:
         batch: Any nesting of containers.
     """
-    return tree_map(lambda leaf: leaf, batch)
+
+    def copied(leaf: Any) -> Any:
+        # A tokenizer's output, a dataclass, a graph: copied as far as its own `copy` goes.
+        plain = isinstance(leaf, Tensor) or not _is_container(leaf)
+        return leaf if plain else copy.copy(leaf)
+
+    return tree_map(copied, batch)
 
 
 def batch_versions(batch: Any) -> list[tuple[Tensor, int]]:
     """List the tensors of a batch with their version counters."""
-    return [(leaf, leaf._version) for leaf in tree_leaves(batch) if isinstance(leaf, Tensor)]
+    found = []
+    for leaf in tree_leaves(batch):
+        inside = [leaf, *_contents(leaf)] if _is_container(leaf) else [leaf]
+        found += [(x, version_of(x)) for x in inside if isinstance(x, Tensor)]
+    return found
+
+
+def _is_container(leaf: Any) -> bool:
+    """Tell whether something holds tensors though torch sees no container in it."""
+    return isinstance(leaf, MutableMapping) or is_dataclass(leaf) or hasattr(leaf, "__copy__")
+
+
+def _contents(leaf: Any) -> list[Any]:
+    values = leaf.values() if isinstance(leaf, Mapping) else getattr(leaf, "__dict__", {}).values()
+    return list(values)
 
 
 def check_batch_unchanged(versions: list[tuple[Tensor, int]]) -> None:
@@ -164,7 +185,7 @@ def check_batch_unchanged(versions: list[tuple[Tensor, int]]) -> None:
     Raises:
         RuntimeError: If a tensor of the batch was changed in place.
     """
-    changed = [tuple(tensor.shape) for tensor, version in versions if tensor._version != version]
+    changed = [tuple(tensor.shape) for tensor, version in versions if version_of(tensor) != version]
     if changed:
         shapes = ", ".join(str(list(shape)) for shape in changed)
         raise RuntimeError(

@@ -22,7 +22,8 @@ class Verdict(NamedTuple):
     """What the self-check saw since it was read last.
 
     Attributes:
-        deviation: sqrt(sum (slope - expected)^2 / sum expected^2); NaN if nothing was compared.
+        deviation: sqrt(sum (slope - expected)^2 / sum expected^2), where what round-off explains is
+            within the tolerance; NaN if nothing was compared.
         unmodeled: Share of the loss that no captured loss accounts for, in [0, 1] or more.
     """
 
@@ -49,19 +50,23 @@ class SelfCheck:
         self.history: deque[Verdict] = deque(maxlen=16)
         self._sums: Tensor | None = None
 
-    def add(self, measured: Tensor, expected: Tensor | None, unmodeled: Tensor) -> None:
+    def add(
+        self, measured: Tensor, expected: Tensor | None, unmodeled: Tensor, roundoff: Tensor
+    ) -> None:
         """Add one comparison; nothing is read from the device.
 
         Args:
             measured: Slope found by the extra pass.
             expected: <grad, d>, or None if it is unknown.
             unmodeled: Share of the loss without curvature.
+            roundoff: Deviation that round-off alone may cause.
         """
         if expected is None:
             expected = measured
         dtype = measured.dtype
         expected = expected.to(dtype)
-        sums = torch.stack([(measured - expected).square(), expected.square(), unmodeled.to(dtype)])
+        scale = expected.square() + (roundoff.to(dtype) / TOLERANCES["fd"]).square()
+        sums = torch.stack([(measured - expected).square(), scale, unmodeled.to(dtype)])
         # A bad batch proves nothing about the method.
         sums = torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
         self._sums = sums if self._sums is None else self._sums + sums

@@ -1,5 +1,6 @@
 """WindowOracle: answers over the micro-batches of one optimizer step."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -11,6 +12,7 @@ from lightning_curvature import vectors
 from lightning_curvature.checks import check_choice
 from lightning_curvature.oracle.directional import (
     PROBE_LENGTHS,
+    Measured,
     finite_differences,
     forward_mode,
     hessian_form,
@@ -84,6 +86,8 @@ class WindowOracle(Oracle):
         self.clip_factor: Tensor | None = None
         self.clipped_by_value = False
         self.partial = False
+        self.without_backward = False
+        self._gradient_differs = False
         self.unchanging_buffers: set[int] = set()
         self._wanted_method: DirectionalMethod = directional
         self._mean = mean
@@ -134,6 +138,7 @@ class WindowOracle(Oracle):
         self._base_loss = None
         self.clip_factor = None
         self.clipped_by_value = False
+        self.without_backward = False
 
     def mean_(self, packed: Tensor) -> Tensor:
         """Average a tensor of packed scalars over the ranks; one collective."""
@@ -141,7 +146,7 @@ class WindowOracle(Oracle):
 
     def grad_slope(self, slope: Tensor) -> Tensor | None:
         """Undo the gradient clipping of the training loop in <grad, d>."""
-        if self.clipped_by_value:
+        if self.clipped_by_value or self._gradient_differs:
             return None
         return slope if self.clip_factor is None else slope / self.clip_factor.to(slope.dtype)
 
@@ -190,33 +195,36 @@ class WindowOracle(Oracle):
             NoLossCapturedError: If the curvature of the loss is unknown.
             RuntimeError: If a pass does not do the same when it runs again.
         """
-        answer, unmodeled = self._ask(direction, curvature, regression_scaling)
+        answer, unmodeled, roundoff = self._ask(direction, curvature, regression_scaling)
         # Part of the data cannot confirm the gradient of all of it.
         expected = None if self.partial else grad_slope
-        self.self_check.add(answer.slope, expected, unmodeled)
+        self.self_check.add(answer.slope, expected, unmodeled, roundoff)
         if self.self_check.due and self._reconsider(curvature):
-            answer, _ = self._ask(direction, curvature, regression_scaling)
+            first, answer = answer, self._ask(direction, curvature, regression_scaling)[0]
+            self._compare_methods(first.slope, answer.slope)
         return answer
 
     def _ask(
         self, direction: Sequence[Tensor], kind: CurvatureKind, scaling: RegressionScaling
-    ) -> tuple[Directional, Tensor]:
-        """Return the answer and the share of the loss that has no curvature, in one collective."""
+    ) -> tuple[Directional, Tensor, Tensor]:
+        """Return the answer, the share of the loss without curvature, and the slope's round-off.
+
+        All are averaged over the ranks in one collective.
+        """
         base = self._local(PassRecord.total)
         if kind == "hessian":
-            slope, curvature = hessian_form(self._replay, self._recorded(), self._active, direction)
+            measured = hessian_form(self._replay, self._recorded(), self._active, direction)
             modeled = base
         else:
-            slope, curvature = self._fisher(direction, scaling)
+            measured = self._fisher(direction, scaling)
             modeled = self._local(PassRecord.modeled)
-        packed = self.mean_(torch.stack([slope, curvature, base, modeled]))
-        self._base_loss = packed[2]
-        size = packed[2].abs().clamp_min(torch.finfo(packed.dtype).tiny)
-        return Directional(packed[0], packed[1]), (packed[2] - packed[3]).abs() / size
+        packed = self.mean_(torch.stack([*measured, base, modeled]))
+        slope, curvature, roundoff, base, modeled = packed.unbind()
+        self._base_loss = base
+        size = base.abs().clamp_min(torch.finfo(packed.dtype).tiny)
+        return Directional(slope, curvature), (base - modeled).abs() / size, roundoff
 
-    def _fisher(
-        self, direction: Sequence[Tensor], scaling: RegressionScaling
-    ) -> tuple[Tensor, Tensor]:
+    def _fisher(self, direction: Sequence[Tensor], scaling: RegressionScaling) -> Measured:
         records = self._recorded()
         for record in records:
             record.check_terms()
@@ -294,15 +302,36 @@ class WindowOracle(Oracle):
             )
             self.method = other
             return True
+        self._doubt(verdict.deviation)
+        return False
+
+    def _compare_methods(self, first: Tensor, second: Tensor) -> None:
+        """Decide after a change of method: if both agree, it is the gradient that differs."""
+        values = torch.stack([first, second]).tolist()
+        size = max(abs(value) for value in values)
+        if abs(values[0] - values[1]) <= TOLERANCES["fd"] * size:
+            self._gradient_differs = True
+            self.method = "fd" if self.method == "jvp" else "jvp"
+            self._doubt(math.nan)
+
+    def _doubt(self, deviation: float) -> None:
+        if self._gradient_differs:
+            self._warn(
+                "gradient",
+                "Self-check: two methods agree on a slope that the gradient does not have. It was "
+                "changed after the backward, by a hook or by torch.nn.utils.clip_grad_norm_, say; "
+                "the slope is taken from the extra pass. (The optimizer's own grad_clip_norm, and "
+                "Trainer(gradient_clip_val=...), are known to it.)",
+            )
+            return
         self._warn(
             "self-check",
-            f"Self-check: the slope measured by an extra pass deviates by {verdict.deviation:.1%} "
-            f"from the gradient (allowed: {tolerance:.0%}). The curvature is doubtful. Usual "
-            "causes: gradients changed by a hook after the backward, randomness that the library "
+            f"Self-check: the slope measured by an extra pass deviates by {deviation:.1%} "
+            "from the gradient. The curvature is doubtful. Usual "
+            "causes: gradients clipped or changed after the backward, randomness that the library "
             "does not know (a generator of its own), reentrant checkpointing, a custom "
             "autograd.Function, or a training_step with side effects on its own result.",
         )
-        return False
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -20,6 +20,7 @@ from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.closure import ClosureOracle
 from lightning_curvature.oracle.extra_pass import Environment
+from lightning_curvature.oracle.ranks import mean_over_ranks
 from lightning_curvature.oracle.record import (
     PassRecord,
     batch_versions,
@@ -155,6 +156,9 @@ class StepRecorder:
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx
         if self.window == "last" or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.oracle.clear()
+        if self.trainer.fit_loop._skip_backward:  # weight averaging refreshes batch norm like this
+            self.oracle.without_backward = True
+            return step(*args, **kwargs)
         asked = self.optimizer.wants_record()
         # A compiled module sees the mode: switching it on and off would compile everything twice.
         if not asked and not self._compiled:
@@ -231,18 +235,6 @@ class StepRecorder:
                 self.oracle.clip_factor = factor.nan_to_num(1.0, posinf=1.0)
 
         plugin.__dict__["clip_gradients"] = watched
-
-
-def mean_over_ranks(packed: Tensor) -> Tensor:
-    """Average a tensor over the ranks, in one collective; the identity in one process."""
-    distributed = torch.distributed
-    if not (distributed.is_available() and distributed.is_initialized()):
-        return packed
-    world_size = distributed.get_world_size()
-    if world_size > 1:
-        distributed.all_reduce(packed)
-        packed = packed / world_size
-    return packed
 
 
 def _unwrapped(optimizer: Any) -> Any:

@@ -95,7 +95,9 @@ def test_groups_must_agree_in_shared_hyper_parameters(contract: Contract) -> Non
     with pytest.raises(ValueError, match=text):
         contract.make([{"params": [one]}, {"params": [two], "max_lr": 0.7}])
     # The same value is no conflict.
-    optimizer.add_param_group({"params": [two], "max_lr": optimizer.param_groups[0]["max_lr"]})
+    optimizer.add_param_group(
+        {"params": [two], "max_lr": optimizer.param_groups[0]["max_step_length"]}
+    )
     assert len(optimizer.param_groups) == 2
 
 
@@ -106,7 +108,7 @@ def test_a_shared_hyper_parameter_may_be_given_in_all_groups(contract: Contract)
     if "max_lr" not in inspect.signature(contract.info.cls).parameters:
         pytest.skip("has no max_lr")
     optimizer = contract.make([{"params": [one], "max_lr": 0.7}, {"params": [two], "max_lr": 0.7}])
-    assert [group["max_lr"] for group in optimizer.param_groups] == [0.7, 0.7]
+    assert [group["max_step_length"] for group in optimizer.param_groups] == [0.7, 0.7]
 
 
 @every_optimizer
