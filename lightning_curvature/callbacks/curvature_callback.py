@@ -18,7 +18,7 @@ class CurvatureCallback(Callback):
 
     Works with ``strategy="auto"``, ``"ddp"`` and a strategy you built. With
     ``strategy="single_device_curvature"`` or ``"ddp_curvature"`` it has nothing to do. Runs of the
-    learning-rate finder drop all callbacks: use a strategy there.
+    learning-rate and batch-size finders drop all callbacks: use a strategy there.
 
     Args:
         directional: How directional curvature is computed: "fd" for finite differences of the model

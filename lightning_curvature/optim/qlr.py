@@ -260,6 +260,8 @@ class QLROptimizer(CurvatureOptimizer):
             curvature=group["curvature"],
             regression_scaling="per_example" if group["official_regression_scaling"] else "mean",
         )
+        # Asked anew: the answer may have shown that the gradient was clipped.
+        unclipped = oracle.grad_slope(slope)
         curvature = answer.curvature.to(slope.dtype)
         if group["curvature"] == "hessian" and group["maximize"]:
             curvature = -curvature

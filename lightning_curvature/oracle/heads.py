@@ -186,16 +186,24 @@ def _bce(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) ->
 
 
 def _kl_div(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    # Log-probabilities over the last axis; the target probabilities are the label mass.
+    # The target probabilities are the label mass.
     mass = a["target"].exp() if a["log_target"] else a["target"]
     if a["reduction"] == "none":
         mass = c * mass
-    normalizer = {"batchmean": z.shape[0] if z.dim() else 1, "mean": z.numel()}
-    total: Tensor = (mass.sum(-1) * _softmax_variance(z, u, -1)).sum()
+    total = _mass_form(mass, z, u, -1)
+    if z.dim() > 2:  # noqa: PLR2004
+        # Classes are on axis 1 (images) or the last: where the log-probabilities sum to one.
+        off_first, off_last = (z.logsumexp(dim).abs().max() for dim in (1, -1))
+        total = torch.where(off_first < off_last, _mass_form(mass, z, u, 1), total)
     if a["reduction"] == "none":
         return total
+    normalizer = {"batchmean": z.shape[0] if z.dim() else 1, "mean": z.numel()}
     scaled: Tensor = c * total / normalizer.get(a["reduction"], 1)
     return scaled
+
+
+def _mass_form(mass: Tensor, z: Tensor, u: Tensor, dim: int) -> Tensor:
+    return (mass.sum(dim) * _softmax_variance(z, u, dim)).sum()
 
 
 _ClosedForm = Callable[[Arguments, Tensor, Tensor, Tensor, RegressionScaling], Tensor]
