@@ -1,13 +1,14 @@
 """Argument checks with one wording: what is wrong, the value, what is allowed."""
 
 from collections.abc import Iterable
+from numbers import Real
 from typing import Any
 
 __all__ = ["check_choice", "check_in_range", "check_interval", "check_positive"]
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def check_positive(name: str, value: Any, *, zero: bool = False) -> None:

@@ -77,14 +77,14 @@ def add_scaled_(xs: Vector, ys: Vector, factor: Tensor) -> None:
         torch._foreach_add_(list(xs), torch._foreach_mul(list(ys), factor))
 
 
-def chunks(indices: int, foreach: bool | None) -> list[slice]:
+def chunks(count: int, foreach: bool | None) -> list[slice]:
     """Return the slices of a vector that one fused call works on.
 
     Args:
-        indices: Number of tensors in the vector.
+        count: Number of tensors in the vector.
         foreach: ``False`` for one tensor at a time, which needs the least temporary memory;
             otherwise all at once, which needs the fewest kernel launches.
     """
     if foreach is False:
-        return [slice(i, i + 1) for i in range(indices)]
-    return [slice(0, indices)]
+        return [slice(i, i + 1) for i in range(count)]
+    return [slice(0, count)]

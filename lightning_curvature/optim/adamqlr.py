@@ -95,8 +95,8 @@ class AdamQLR(QLROptimizer):
             curvature although the loss averages them, as in the official code.
         max_failures: Unusable steps in a row after which training stops with an error; also how
             often, in optimizer steps, the counts are read from the device.
-        foreach: False to work on one tensor at a time, with less temporary memory; otherwise all
-            tensors at once.
+        foreach: False to compute the direction one tensor at a time, with less temporary memory;
+            otherwise all tensors at once.
         maximize: Whether to climb.
 
     Raises:

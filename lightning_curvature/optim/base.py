@@ -187,7 +187,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         result = None
         if closure is not None:
             with torch.enable_grad():
-                result = closure() if oracle is None else oracle.evaluate(closure)
+                result = oracle.evaluate(closure) if asked and oracle is not None else closure()
         params = [p for p in self._all_params() if p.grad is not None]
         if oracle is not None and oracle.without_backward:
             return result

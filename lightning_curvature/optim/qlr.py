@@ -19,6 +19,7 @@ Where it differs from the official code, by default (each has a switch back):
 """
 
 from abc import abstractmethod
+from numbers import Real
 from typing import Any, ClassVar, Literal, NamedTuple
 
 import torch
@@ -46,8 +47,14 @@ _CARRIED_LR_EMA = 0.8
 _CAP = "max_step_length"
 
 
-def _renamed(group: dict[str, Any]) -> dict[str, Any]:
-    return {_CAP if key == "max_lr" else key: value for key, value in group.items()}
+def _plain(group: dict[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters as they are kept: numbers of torch or Python, no others."""
+    return {
+        _CAP if key == "max_lr" else key: (
+            value if isinstance(value, int) or not isinstance(value, Real) else float(value)
+        )
+        for key, value in group.items()
+    }
 
 
 class QLROptimizer(CurvatureOptimizer):
@@ -72,7 +79,7 @@ class QLROptimizer(CurvatureOptimizer):
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_arguments(defaults)
         damping = torch.tensor(float(defaults["damping"]), dtype=torch.float64)
-        super().__init__(params, _renamed({**defaults, "damping": damping}))
+        super().__init__(params, _plain({**defaults, "damping": damping}))
         self.damping = self.param_groups[0]["damping"]
         self._failures = self._new_failure_counter()
 
@@ -95,10 +102,10 @@ class QLROptimizer(CurvatureOptimizer):
             ValueError: If an argument is out of range, or differs from the other groups though it
                 is one value for all.
         """
-        given = {**self.defaults, **_renamed(param_group)}
+        given = {**self.defaults, **_plain(param_group)}
         cap = given.pop(_CAP)
         check_arguments({**given, "max_lr": cap, "damping": float(given["damping"])})
-        super().add_param_group(_renamed(param_group))
+        super().add_param_group(_plain(param_group))
 
     @property
     def shared(self) -> tuple[str, ...]:
@@ -113,18 +120,17 @@ class QLROptimizer(CurvatureOptimizer):
 
     @damping.setter
     def damping(self, value: float | Tensor) -> None:
-        for group in self.param_groups:
-            group["damping"] = self._as_scalar(value)
-
-    def _as_scalar(self, value: float | Tensor) -> Tensor:
-        """Return a number as a 0-dim tensor where the parameters are, in their precision."""
         params = self._all_params()
         dtype = vectors.scalar_dtype(params)
-        return torch.as_tensor(value, dtype=dtype, device=params[0].device)
+        self._share_damping(torch.as_tensor(value, dtype=dtype, device=params[0].device))
 
-    def _scalar(self, name: str) -> Tensor:
+    def _share_damping(self, damping: Tensor) -> None:
+        for group in self.param_groups:
+            group["damping"] = damping
+
+    def _scalar(self, name: str, like: Tensor) -> Tensor:
         """Return a number of the state, 0 if it is not there yet."""
-        return self._as_scalar(self._scalars.get(name, 0.0))
+        return torch.as_tensor(self._scalars.get(name, 0.0), dtype=like.dtype, device=like.device)
 
     def wants_record(self) -> bool:
         """Tell whether the coming step needs curvature or a new loss."""
@@ -144,7 +150,8 @@ class QLROptimizer(CurvatureOptimizer):
     def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
         assert oracle is not None
         group = self.param_groups[0]
-        damping = self._as_scalar(group["damping"])
+        dtype = vectors.scalar_dtype(params)
+        damping = torch.as_tensor(group["damping"], dtype=dtype, device=params[0].device)
         rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
         backup = self._backup(params) if rejects else None
 
@@ -169,7 +176,7 @@ class QLROptimizer(CurvatureOptimizer):
 
         length, move = self._apply(params, direction, alpha, usable, top_lr, squared, group)
         stats.update(step_length=alpha, lr=length, update_norm=length.abs() * squared.sqrt())
-        raised = self._clamped(damping * group["damping_increase_factor"], group)
+        before, raised = damping, self._clamped(damping * group["damping_increase_factor"], group)
         kept = usable
         if self._damping_due():
             if old_form is not None:
@@ -185,8 +192,8 @@ class QLROptimizer(CurvatureOptimizer):
         if group["damping_algorithm"] != "fixed":
             # A bad batch says nothing about the model; a bad model calls for more damping.
             adapted = torch.where(found, damping, raised)
-            self.damping = torch.where(gradient.finite, adapted, group["damping"])
-        counts = {name: self._scalar(name) for name in ("failures", "skipped_steps")}
+            self._share_damping(torch.where(gradient.finite, adapted, before))
+        counts = {name: self._scalar(name, damping) for name in ("failures", "skipped_steps")}
         self._failures.update(counts, usable)
         self._scalars.update(counts)
         if oracle.ready:
@@ -211,9 +218,10 @@ class QLROptimizer(CurvatureOptimizer):
         grads = [p.grad for p in params if p.grad is not None]
         squared = vectors.dot(grads, grads)
         norm, finite = squared.sqrt(), torch.isfinite(squared)
+        broken = ~finite
         for grad in grads:
             # In place: zeros replace a gradient that must not be used, nothing else changes.
-            grad.masked_fill_(~finite, 0.0)
+            grad.masked_fill_(broken, 0.0)
         factor = _clip_factor(norm, group["grad_clip_norm"])
         if group["maximize"]:
             factor = -factor
@@ -249,7 +257,7 @@ class QLROptimizer(CurvatureOptimizer):
         slope = vectors.dot(gradient.values, direction)
         unclipped = oracle.grad_slope(slope)
         if not self._curvature_due():
-            alpha = self._scalar("lr_average").nan_to_num(0.0).clamp_min(0.0)
+            alpha = self._scalar("lr_average", slope).nan_to_num(0.0).clamp_min(0.0)
             slope = stats["slope"] = slope if unclipped is None else unclipped
             # The model whose minimizer is the step length carried over.
             return slope, alpha, slope / alpha, torch.ones_like(gradient.finite)

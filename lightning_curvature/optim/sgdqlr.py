@@ -56,7 +56,7 @@ class SGDQLR(QLROptimizer):
         official_regression_scaling: Whether squared errors of several outputs are summed in the
             curvature, as in the official code.
         max_failures: Unusable steps in a row after which training stops with an error.
-        foreach: False to work on one tensor at a time.
+        foreach: For the common interface; the direction is the gradient, so nothing changes.
         maximize: Whether to climb.
 
     Raises:

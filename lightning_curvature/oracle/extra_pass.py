@@ -138,6 +138,7 @@ class Environment:
         default_dtype: torch's default dtype.
         buffers: Buffers of the module.
         metrics: Metrics (of torchmetrics) in the module.
+        training: Each submodule with its training flag.
     """
 
     device: torch.device
@@ -146,6 +147,7 @@ class Environment:
     default_dtype: torch.dtype
     buffers: list[_Buffer] = field(default_factory=list)
     metrics: list[nn.Module] = field(default_factory=list)
+    training: list[tuple[nn.Module, bool]] = field(default_factory=list)
 
     @classmethod
     def of(
@@ -171,6 +173,7 @@ class Environment:
         )
         skip = unchanging or set()
         for submodule in module.modules() if module is not None else ():
+            environment.training.append((submodule, submodule.training))
             if isinstance(submodule, kinds):
                 environment.metrics.append(submodule)
             slot = submodule._buffers
@@ -223,6 +226,19 @@ def _buffers_of(environment: Environment) -> Iterator[None]:
 
 
 @contextmanager
+def _training_of(environment: Environment) -> Iterator[None]:
+    """Give every submodule the training flag of the main pass."""
+    changed = [(part, flag) for part, flag in environment.training if part.training != flag]
+    try:
+        for part, flag in changed:
+            part.training = flag
+        yield
+    finally:
+        for part, flag in changed:
+            part.training = not flag
+
+
+@contextmanager
 def _metrics_of(environment: Environment) -> Iterator[None]:
     """Let metrics count on copies of their states."""
     saved = [(metric, dict(metric.__dict__)) for metric in environment.metrics]
@@ -265,6 +281,7 @@ def extra_pass(environment: Environment, contexts: Sequence[ContextFactory] = ()
         torch.set_default_dtype(environment.default_dtype)
         stack.callback(RandomState.now(environment.device).restore)
         stack.enter_context(_buffers_of(environment))
+        stack.enter_context(_training_of(environment))
         stack.enter_context(_metrics_of(environment))
         environment.random_state.restore()
         yield

@@ -159,12 +159,14 @@ class ModelOracle(ClosureOracle):
         record = PassRecord(run, forward.environment)
         record.terms = loss_terms(loss, capture.calls)
         record.num_calls = len(capture.calls)
+        record.versions = forward.versions + versions
         value = loss.detach().clone()
 
         def finish(weight: Tensor) -> None:
-            scale = 1.0 if self._grad_scaler is None else self._grad_scaler.get_scale()
-            first = record.loss is None
-            record.weight = weight / scale if first else record.weight + weight / scale
+            if self._grad_scaler is not None:
+                # Not get_scale(), which would wait for the device.
+                weight = weight / self._grad_scaler.scale(torch.ones_like(weight))
+            record.weight = weight if record.loss is None else record.weight + weight
             record.loss = value
 
         loss.register_hook(finish)  # type: ignore[no-untyped-call]

@@ -83,7 +83,7 @@ class Oracle(ABC):
         """Return slope and curvature of the loss along a direction; one extra pass.
 
         Args:
-            direction: One tensor per parameter that has a gradient, in the order of `active`.
+            direction: One tensor per parameter that has a gradient, as told to `select`.
             grad_slope: <grad, d> as the optimizer sees it, for the self-check.
             curvature: "fisher" (equal to the generalized Gauss-Newton matrix for the usual losses)
                 or "hessian".
@@ -92,7 +92,7 @@ class Oracle(ABC):
         """
 
     @abstractmethod
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """Return the Hessian-vector product of the loss on this rank, one tensor per parameter."""
 
     @abstractmethod

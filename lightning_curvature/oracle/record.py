@@ -52,6 +52,7 @@ class PassRecord:
         loss: Total loss of the micro-batch, unweighted and detached; None before it is known.
         terms: The captured losses it consists of.
         num_calls: Number of captured loss calls, also those without influence.
+        versions: The tensors of the batch with their version counters.
     """
 
     run: Callable[[], Tensor | None]
@@ -60,6 +61,7 @@ class PassRecord:
     loss: Tensor | None = None
     terms: list[LossTerm] = field(default_factory=list)
     num_calls: int = 0
+    versions: list[tuple[Tensor, int]] = field(default_factory=list)
 
     def total(self) -> Tensor:
         """Return the total loss of the main pass."""
@@ -189,7 +191,8 @@ def check_batch_unchanged(versions: list[tuple[Tensor, int]]) -> None:
     if changed:
         shapes = ", ".join(str(list(shape)) for shape in changed)
         raise RuntimeError(
-            f"The training step changed its batch in place (tensors of shape {shapes}), so it "
-            "cannot be evaluated again on the same data. Write `x = x - mean` instead of "
+            f"The training step changed its batch in place (tensors of shape {shapes}), or someone "
+            "did before the optimizer's step, so it cannot be evaluated again on the same data. "
+            "Write `x = x - mean` instead of "
             "`x -= mean`, or clone the tensor first."
         )

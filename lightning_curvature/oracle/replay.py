@@ -6,11 +6,12 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 from lightning_curvature.oracle.capture import RawCall
 from lightning_curvature.oracle.extra_pass import ContextFactory, extra_pass
 from lightning_curvature.oracle.heads import BoundLoss, bind_loss
-from lightning_curvature.oracle.record import LossTerm, PassRecord
+from lightning_curvature.oracle.record import LossTerm, PassRecord, check_batch_unchanged
 
 __all__ = ["Replay", "load_forward_mode", "matched_terms"]
 
@@ -25,6 +26,7 @@ class Replay:
     Attributes:
         parameters: Ids of the parameters of the module.
         recurrent: Whether the module has an LSTM, GRU or RNN.
+        cudnn: Whether it has layers that cuDNN computes on a GPU.
     """
 
     def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
@@ -32,7 +34,9 @@ class Replay:
         self.contexts = tuple(contexts)
         self.parameters = set() if module is None else {id(p) for p in module.parameters()}
         parts = () if module is None else module.modules()
-        self.recurrent = any(isinstance(part, nn.RNNBase) for part in parts)
+        kinds = [type(part) for part in parts]
+        self.recurrent = any(issubclass(kind, nn.RNNBase) for kind in kinds)
+        self.cudnn = self.recurrent or any(issubclass(kind, _ConvNd) for kind in kinds)
 
     @contextmanager
     def running(self, record: PassRecord) -> Iterator[Tensor]:
@@ -46,6 +50,7 @@ class Replay:
         Raises:
             RuntimeError: If it returns no loss this time.
         """
+        check_batch_unchanged(record.versions)
         with extra_pass(record.environment, self.contexts):
             yield _present(record.run())
 

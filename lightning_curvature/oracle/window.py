@@ -255,17 +255,26 @@ class WindowOracle(Oracle):
         if self.module is None:
             return "fd"
         full = all(p.dtype in PROBE_LENGTHS for p in self.params)
-        exact_matmul = torch.get_float32_matmul_precision() == "highest"
-        return "fd" if full and exact_matmul and not self._autocast() else "jvp"
+        return "fd" if full and self._full_precision() and not self._autocast() else "jvp"
+
+    def _full_precision(self) -> bool:
+        """Tell whether float32 is computed as such: the probe is far below TF32's resolution."""
+        matmul = torch.get_float32_matmul_precision()
+        if self.device.type == "cpu":
+            return matmul != "medium"  # bfloat16, on some processors
+        tf32_convolutions = (
+            self.device.type == "cuda" and self._replay.cudnn and torch.backends.cudnn.allow_tf32
+        )
+        return matmul == "highest" and not tf32_convolutions
 
     def _autocast(self) -> bool:
         return any(record.environment.autocast[0] for record in self._recorded())
 
-    def hvp(self, vectors: Sequence[Tensor]) -> list[Tensor]:
+    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
         """Return the Hessian-vector product of the loss on this rank, by double backward."""
         sums = [torch.zeros_like(p) for p in self._active]
         for record in self._recorded():
-            _, parts = hessian_product(self._replay, record, self._active, vectors)
+            _, parts = hessian_product(self._replay, record, self._active, directions)
             for total, part in zip(sums, parts, strict=True):
                 if part is not None:
                     total.add_(part * record.weight)

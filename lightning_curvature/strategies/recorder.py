@@ -195,6 +195,7 @@ class StepRecorder:
                 loss=loss.detach().clone(),
                 terms=loss_terms(loss, capture.calls),
                 num_calls=len(capture.calls),
+                versions=versions,
             )
             oracle.add(record)
         return output
