@@ -91,6 +91,10 @@ class CurvatureOptimizer(Optimizer, ABC):
     ) -> Callable[..., Tensor]:
         """Prepare an ordinary PyTorch loop; use the returned function in place of ``loss_fn``.
 
+        The whole loss belongs into ``loss_fn``, also penalties. Where `torch.distributed` is
+        initialized, loss and curvature are averaged over all ranks. Call ``detach`` before
+        compiling or scripting the model.
+
         Args:
             model: Model that holds all parameters of this optimizer.
             loss_fn: Called as ``loss_fn(model_output, *targets)``, returns a scalar.

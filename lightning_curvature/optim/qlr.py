@@ -49,6 +49,7 @@ _CAP = "max_step_length"
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """Return hyper-parameters as they are kept: numbers of torch or Python, no others."""
+    group = {key: value for key, value in group.items() if key != "max_lr" or _CAP not in group}
     return {
         _CAP if key == "max_lr" else key: (
             value if isinstance(value, int) or not isinstance(value, Real) else float(value)

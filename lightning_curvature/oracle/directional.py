@@ -36,6 +36,7 @@ Measured = tuple[Tensor, Tensor, Tensor]
 # Length of a finite-difference probe relative to the parameters: round-off and the curvature of the
 # model balance near the square root of the machine precision.
 PROBE_LENGTHS = {torch.float32: 1e-4, torch.float64: 1e-7}
+_HALF_PROBE_LENGTH = 1e-2
 # A model near zero has no scale of its own.
 _MIN_PARAMETER_NORM = 1e-2
 # Round-off of a loss, in units of the machine precision.
@@ -67,7 +68,7 @@ def finite_differences(
     dtype = slope.dtype
     length = vectors.norm(params).clamp_min(_MIN_PARAMETER_NORM)
     # The coarsest parameters must still move.
-    eps = max(PROBE_LENGTHS[p.dtype] for p in params) * length
+    eps = max(PROBE_LENGTHS.get(p.dtype, _HALF_PROBE_LENGTH) for p in params) * length
     eps = eps / vectors.norm(direction).clamp_min(torch.finfo(dtype).tiny)
     saved = vectors.clone(params)
     try:

@@ -49,6 +49,8 @@ def _is_fixed(tensor: Tensor) -> bool:
     """Tell whether a buffer cannot be written to: made in inference mode, or expanded."""
     if tensor.is_inference():
         return True
+    if tensor.layout != torch.strided:
+        return False
     return any(n > 1 and step == 0 for n, step in zip(tensor.shape, tensor.stride(), strict=True))
 
 

@@ -163,6 +163,8 @@ class ModelOracle(ClosureOracle):
         value = loss.detach().clone()
 
         def finish(weight: Tensor) -> None:
+            if record.loss is None and all(p.grad is None for p in self.params):
+                self.zeroed()  # by the model, perhaps, after a step that was skipped
             if self._grad_scaler is not None:
                 # Not get_scale(), which would wait for the device.
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))

@@ -328,8 +328,9 @@ class WindowOracle(Oracle):
             self._warn(
                 "gradient",
                 "Self-check: two methods agree on a slope that the gradient does not have. It was "
-                "changed after the backward, by a hook or by torch.nn.utils.clip_grad_norm_, say; "
-                "the slope is taken from the extra pass. (The optimizer's own grad_clip_norm, and "
+                "changed after the backward, by a hook or by torch.nn.utils.clip_grad_norm_, say, "
+                "or terms were added to the loss outside the attached loss function. The slope is "
+                "taken from the extra pass from now on. (The optimizer's own grad_clip_norm, and "
                 "Trainer(gradient_clip_val=...), are known to it.)",
             )
             return

@@ -81,12 +81,13 @@ def test_one_cycle_leaves_the_cap_alone() -> None:
     assert abs(float(optimizer.stats["step_length"])) <= 0.02 * (1 + 1e-6)
 
 
-def test_a_skipped_step_is_forgotten() -> None:
+@pytest.mark.parametrize("owner", ["optimizer", "model"])
+def test_a_skipped_step_is_forgotten(owner: str) -> None:
     """A scaler, or the user, leaves out a step: its batch must not enter the next one."""
     model, optimizer, criterion = attached()
     (x1, y1), (x2, y2), *_ = batches()
     criterion(model(x1), y1).backward()
-    optimizer.zero_grad()
+    {"optimizer": optimizer, "model": model}[owner].zero_grad()
     criterion(model(x2), y2).backward()
     expected = F.cross_entropy(model(x2), y2)
     optimizer.step()
@@ -113,6 +114,32 @@ def test_buffers_that_cannot_be_written(kind: str) -> None:
     trainer = fit(WithBuffer())
     assert trainer.global_step == 4
     assert float(trainer.optimizers[0].stats["skipped_steps"]) == 0
+
+
+def test_a_sparse_buffer() -> None:
+    class Graph(Stock):
+        def __init__(self) -> None:
+            super().__init__()
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.register_buffer("adjacency", torch.eye(5).to_sparse_csr(), persistent=False)
+
+    assert fit(Graph()).global_step == 4
+
+
+@pytest.mark.filterwarnings("ignore:Self-check:RuntimeWarning")
+@pytest.mark.filterwarnings("ignore:Forward-mode:RuntimeWarning")
+def test_half_precision_without_a_forward_rule() -> None:
+    class NoForwardRule(Stock):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            x, y = batch
+            z = self.net(x)
+            return F.cross_entropy(torch.cdist(z.float(), torch.eye(3, dtype=torch.float32)), y)
+
+    trainer = fit(NoForwardRule(), precision="bf16-true")
+    assert trainer.global_step == 4
+    oracle = trainer.optimizers[0]
+    assert all(torch.isfinite(p).all() for p in oracle.param_groups[0]["params"])
 
 
 def test_a_batch_that_is_an_object() -> None:
