@@ -41,6 +41,8 @@ _HALF_PROBE_LENGTH = 1e-2
 _MIN_PARAMETER_NORM = 1e-2
 # Round-off of a loss, in units of the machine precision.
 _ROUNDOFF = 4.0
+# Share of the probe's known bias that may be wrong.
+_BIAS_DOUBT = 0.1
 
 
 def _zero(params: Vector) -> Tensor:
@@ -91,8 +93,10 @@ def finite_differences(
     finally:
         # By copy: theta + eps d - eps d is not theta.
         vectors.copy_(params, saved)
-    # A forward difference is off by half the curvature times eps, which is known here.
-    return slope - 0.5 * eps * curvature, curvature, roundoff
+    # A forward difference is off by half the curvature times eps, which is known here but for the
+    # part that the Gauss-Newton matrix leaves out. Close to a minimum that may exceed the slope.
+    doubt = roundoff + _BIAS_DOUBT * eps * curvature.abs()
+    return slope - 0.5 * eps * curvature, curvature, doubt
 
 
 @torch.no_grad()
