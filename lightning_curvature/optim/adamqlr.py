@@ -257,8 +257,15 @@ def _adam_direction(
     counts = usable.to(steps[0].dtype)
     # As a list: a single 0-dim tensor would be read as a number.
     torch._foreach_add_(steps, [counts] * len(steps))
-    torch._foreach_mul_(exp_avgs, 1 - counts * (1 - beta1))
-    torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
+    weight = counts * (1 - beta1)
+    if all(
+        g.device.type == "cpu" and g.dtype == m.dtype for g, m in zip(grads, exp_avgs, strict=True)
+    ):
+        # One sweep through memory; on a GPU the two fused kernels below are the faster choice.
+        torch._foreach_lerp_(exp_avgs, grads, [weight] * len(exp_avgs))
+    else:
+        torch._foreach_mul_(exp_avgs, 1 - weight)
+        torch._foreach_add_(exp_avgs, grads, alpha=1 - beta1)
     torch._foreach_mul_(exp_avg_sqs, 1 - counts * (1 - beta2))
     torch._foreach_addcmul_(exp_avg_sqs, grads, grads, value=1 - beta2)
     # Both bias corrections go into the denominator, one small kernel for all of them:

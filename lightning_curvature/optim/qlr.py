@@ -255,13 +255,16 @@ class QLROptimizer(CurvatureOptimizer):
         stats: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return slope, step length, damped curvature and whether they can be used."""
+        carried = self._scalar("lr_average", squared).nan_to_num(0.0).clamp_min(0.0)
+        if not self.wants_record():  # nothing will be predicted, so no slope is needed either
+            unread = torch.zeros_like(carried)
+            return unread, carried, unread, torch.ones_like(gradient.finite)
         slope = vectors.dot(gradient.values, direction)
         unclipped = oracle.grad_slope(slope)
         if not self._curvature_due():
-            alpha = self._scalar("lr_average", slope).nan_to_num(0.0).clamp_min(0.0)
             slope = stats["slope"] = slope if unclipped is None else unclipped
             # The model whose minimizer is the step length carried over.
-            return slope, alpha, slope / alpha, torch.ones_like(gradient.finite)
+            return slope, carried, slope / carried, torch.ones_like(gradient.finite)
         answer = oracle.directional(
             direction,
             # What the gradient says before this optimizer clipped it or turned it around.
