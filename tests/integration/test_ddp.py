@@ -106,3 +106,59 @@ def test_two_ranks_equal_one_process(
     assert first["steps"] == single["steps"] == 12
     assert first["weights"] == pytest.approx(single["weights"], rel=1e-10, abs=1e-11)
     assert first["damping"] == pytest.approx(single["damping"], rel=1e-12)
+
+
+PLAIN = """
+import json, os, sys
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_curvature import AdamQLR
+
+
+def train(rank, ranks, out):
+    torch.set_num_threads(1)
+    if ranks > 1:
+        dist.init_process_group("gloo", rank=rank, world_size=ranks, init_method=f"file://{out}/store")
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.Tanh(), nn.Linear(12, 3)).double()
+    model = DistributedDataParallel(net) if ranks > 1 else net
+    optimizer = AdamQLR(net.parameters(), max_lr=None, damping=0.1)
+    criterion = optimizer.attach_model(net, nn.CrossEntropyLoss(), directional="jvp")
+    generator = torch.Generator().manual_seed(1)
+    for _ in range(6):
+        x = torch.randn(16, 6, generator=generator, dtype=torch.float64)
+        y = torch.randint(3, (16,), generator=generator)
+        part = slice(rank * 16 // ranks, (rank + 1) * 16 // ranks)
+        optimizer.zero_grad()
+        criterion(model(x[part]), y[part]).backward()
+        optimizer.step()
+    with open(f"{out}/rank{rank}.json", "w") as file:
+        json.dump(torch.cat([p.detach().flatten() for p in net.parameters()]).tolist(), file)
+
+
+if __name__ == "__main__":
+    ranks, out = int(sys.argv[1]), sys.argv[2]
+    torch.multiprocessing.spawn(train, (ranks, out), nprocs=ranks)
+"""
+
+
+def test_plain_loop_on_two_ranks(tmp_path: Path) -> None:
+    """``attach_model`` under ``DistributedDataParallel``: one step length for all ranks."""
+    script = tmp_path / "plain.py"
+    script.write_text(PLAIN, encoding="utf-8")
+    weights = []
+    for ranks in (1, 2):
+        out = tmp_path / str(ranks)
+        out.mkdir()
+        subprocess.run(
+            [sys.executable, "-W", "ignore", str(script), str(ranks), str(out)],
+            check=True,
+            timeout=240,
+        )
+        weights += [json.loads((out / f"rank{rank}.json").read_text()) for rank in range(ranks)]
+    single, first, second = weights
+    assert first == second
+    assert first == pytest.approx(single, rel=1e-10, abs=1e-11)
