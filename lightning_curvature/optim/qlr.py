@@ -20,7 +20,7 @@ Where it differs from the official code, by default (each has a switch back):
 
 from abc import abstractmethod
 from numbers import Real
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from lightning_curvature.curvature.damping import accept_or_raise, clamp, levenb
 from lightning_curvature.curvature.quadratic import model_change, reduction_ratio, step_length
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.gradient import Gradient, clip_factor
 from lightning_curvature.optim.qlr_arguments import check_arguments
 from lightning_curvature.oracle.protocol import Oracle
 
@@ -156,7 +157,7 @@ class QLROptimizer(CurvatureOptimizer):
         rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
         backup = self._backup(params) if rejects else None
 
-        gradient = self._gradient(params, group)
+        gradient = Gradient.read(params, group["grad_clip_norm"], maximize=group["maximize"])
         old_moments = self._old_second_moments(params, group)
         direction = self._direction(params, gradient.values, gradient.finite)
         if group["direction_clip"] is not None:
@@ -214,22 +215,6 @@ class QLROptimizer(CurvatureOptimizer):
             usable: Boolean 0-dim tensor: whether the gradient is finite.
         """
 
-    def _gradient(self, params: list[Tensor], group: dict[str, Any]) -> "_Gradient":
-        """Return the gradient to use; it is zero if it was not finite."""
-        grads = [p.grad for p in params if p.grad is not None]
-        squared = vectors.dot(grads, grads)
-        norm, finite = squared.sqrt(), torch.isfinite(squared)
-        broken = ~finite
-        for grad in grads:
-            # In place: zeros replace a gradient that must not be used, nothing else changes.
-            grad.masked_fill_(broken, 0.0)
-        factor = _clip_factor(norm, group["grad_clip_norm"])
-        if group["maximize"]:
-            factor = -factor
-        if group["maximize"] or group["grad_clip_norm"] is not None:
-            grads = list(torch._foreach_mul(grads, factor))
-        return _Gradient(grads, norm, finite, factor)
-
     def _scale_by_group_lr(self, params: list[Tensor], direction: list[Tensor]) -> float:
         """Make the direction proportional to the groups' ``lr`` and return the largest."""
         rates = [float(group["lr"]) for group in self.param_groups]
@@ -250,7 +235,7 @@ class QLROptimizer(CurvatureOptimizer):
         direction: list[Tensor],
         squared: Tensor,
         damping: Tensor,
-        gradient: "_Gradient",
+        gradient: Gradient,
         group: dict[str, Any],
         stats: dict[str, Tensor],
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -336,14 +321,14 @@ class QLROptimizer(CurvatureOptimizer):
         """Move the parameters by ``-move * direction``; return the step length used, and move."""
         limit = group["update_clip_norm"]
         if group["decoupled_weight_decay"]:
-            factor = top_lr * _clip_factor(alpha.abs() * squared.sqrt(), limit)
+            factor = top_lr * clip_factor(alpha.abs() * squared.sqrt(), limit)
             length, move = alpha * factor, alpha * factor
         else:
             # The reference adds the decay to the step: delta = alpha d + wd theta, times lr.
             vectors.scale_(direction, alpha)
             for p, d, decay in zip(params, direction, self._decays(params, top_lr), strict=True):
                 d.add_(p, alpha=decay)
-            move = top_lr * _clip_factor(vectors.norm(direction), limit) * usable
+            move = top_lr * clip_factor(vectors.norm(direction), limit) * usable
             length = alpha * move
         vectors.add_scaled_(params, direction, -move)
         return length, move
@@ -427,22 +412,6 @@ class QLROptimizer(CurvatureOptimizer):
         return None
 
 
-class _Gradient(NamedTuple):
-    """The gradient of one step.
-
-    Attributes:
-        values: The gradient to use, clipped, negated to climb, zero if not finite.
-        norm: Norm of the gradient as found.
-        finite: Whether it was finite.
-        factor: values / gradient as found.
-    """
-
-    values: list[Tensor]
-    norm: Tensor
-    finite: Tensor
-    factor: Tensor
-
-
 def _diagonal_form(direction: list[Tensor], diagonal: list[Tensor]) -> Tensor:
     """Return d^T diag(v) d."""
     return vectors.dot(torch._foreach_mul(direction, direction), diagonal)
@@ -457,9 +426,3 @@ def _running_average(average: Tensor | None, new: Tensor, decay: float, usable: 
         average = torch.full_like(new, torch.nan)
     mixed = torch.where(torch.isnan(average), new, decay * average + (1 - decay) * new)
     return torch.where(usable, mixed, average)
-
-
-def _clip_factor(size: Tensor, limit: float | None) -> Tensor:
-    if limit is None:
-        return torch.ones_like(size)
-    return (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
