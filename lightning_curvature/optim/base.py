@@ -38,6 +38,8 @@ class CurvatureOptimizer(Optimizer, ABC):
     """
 
     asks: ClassVar[frozenset[str]] = frozenset()
+    # Arguments that the groups keep under another name: name in the groups -> argument.
+    argument_names: ClassVar[dict[str, str]] = {}
     # Tensors kept per parameter, of the shape of the parameter; "step" is a scalar.
     state_names: ClassVar[tuple[str, ...]] = ()
 
@@ -241,8 +243,9 @@ class CurvatureOptimizer(Optimizer, ABC):
         for name in self.shared if new is not first else ():
             if name in given and given[name] != first[name]:
                 self.param_groups.pop()
+                argument = self.argument_names.get(name, name)
                 raise ValueError(
-                    f"Invalid {name}={given[name]!r} in a parameter group: it is one value for all "
+                    f"Invalid {argument}={given[name]!r} in a parameter group: it is one value for all "
                     f"groups, here {first[name]!r}. Leave it out of the group."
                 )
             new[name] = first[name]

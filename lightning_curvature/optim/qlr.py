@@ -75,6 +75,7 @@ class QLROptimizer(CurvatureOptimizer):
     """
 
     asks: ClassVar[frozenset[str]] = frozenset({"loss", "directional"})
+    argument_names: ClassVar[dict[str, str]] = {_CAP: "max_lr"}
     # Step length above which the user is told, None where d has no natural scale.
     long_step: ClassVar[float | None] = None
 

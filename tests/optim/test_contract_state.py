@@ -83,7 +83,7 @@ def test_add_param_group(contract: Contract) -> None:
 def test_groups_must_agree_in_shared_hyper_parameters(contract: Contract) -> None:
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
     optimizer = contract.make([one])
-    if "max_lr" not in optimizer.shared:
+    if "max_step_length" not in optimizer.shared:
         pytest.skip("shares nothing")
     text = (
         r"^Invalid max_lr=0\.7 in a parameter group: it is one value for all groups, here "
