@@ -245,8 +245,8 @@ class CurvatureOptimizer(Optimizer, ABC):
                 self.param_groups.pop()
                 argument = self.argument_names.get(name, name)
                 raise ValueError(
-                    f"Invalid {argument}={given[name]!r} in a parameter group: it is one value for all "
-                    f"groups, here {first[name]!r}. Leave it out of the group."
+                    f"Invalid {argument}={given[name]!r} in a parameter group: it is one value "
+                    f"for all groups, here {first[name]!r}. Leave it out of the group."
                 )
             new[name] = first[name]
 
