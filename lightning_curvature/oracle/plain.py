@@ -156,6 +156,7 @@ class ModelOracle(ClosureOracle):
         forward.output = None
         if not loss.requires_grad:
             return loss
+        earlier = self._recorded()  # through with their backward before this batch came
         record = PassRecord(run, forward.environment)
         record.terms = loss_terms(loss, capture.calls)
         record.num_calls = len(capture.calls)
@@ -164,7 +165,8 @@ class ModelOracle(ClosureOracle):
 
         def finish(weight: Tensor) -> None:
             if record.loss is None and all(p.grad is None for p in self.params):
-                self.zeroed()  # by the model, perhaps, after a step that was skipped
+                # Zeroed by the model, perhaps, after a step that was skipped.
+                self.records = [r for r in self.records if all(r is not e for e in earlier)]
             if self._grad_scaler is not None:
                 # Not get_scale(), which would wait for the device.
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))

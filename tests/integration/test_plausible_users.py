@@ -116,6 +116,19 @@ def test_buffers_that_cannot_be_written(kind: str) -> None:
     assert float(trainer.optimizers[0].stats["skipped_steps"]) == 0
 
 
+def test_two_losses_in_one_backward() -> None:
+    """Both belong to the step, though neither has left a gradient when the second is reached."""
+    model, optimizer, criterion = attached()
+    (x1, y1), (x2, y2), *_ = batches()
+    expected = F.cross_entropy(model(x1), y1) + 2 * F.cross_entropy(model(x2), y2)
+    optimizer.zero_grad()
+    (criterion(model(x1), y1) + 2 * criterion(model(x2), y2)).backward()
+    optimizer.step()
+    torch.testing.assert_close(optimizer.stats["loss"], expected.detach())
+    assert isinstance(optimizer.oracle, WindowOracle)
+    assert optimizer.oracle.self_check.history[0].deviation < 0.01
+
+
 def test_a_sparse_buffer() -> None:
     class Graph(Stock):
         def __init__(self) -> None:
