@@ -1,12 +1,17 @@
 """Watches for steps that could not be used, or are too long, without waiting for the device."""
 
 import warnings
+from collections import deque
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor
 
 __all__ = ["FailureCounter"]
+
+# What the error shows of each of the last steps, and of how many.
+_SHOWN = ("loss", "new_loss", "grad_norm", "slope", "curvature", "damping", "step_length")
+_STEPS_SHOWN = 8
 
 
 class FailureCounter:
@@ -23,15 +28,20 @@ class FailureCounter:
         self.limit = limit
         self.long_step = long_step
         self._warned: set[str] = set()
+        self._history: deque[dict[str, Tensor]] = deque(maxlen=min(limit, _STEPS_SHOWN))
 
-    def update(self, counts: dict[str, Tensor], usable: Tensor) -> None:
+    def update(
+        self, counts: dict[str, Tensor], usable: Tensor, measured: Mapping[str, Tensor]
+    ) -> None:
         """Count one step.
 
         Args:
             counts: State with the keys "failures" (in a row) and "skipped_steps" (in all), 0-dim
                 tensors; replaced in place.
             usable: Boolean 0-dim tensor: whether the step could be used.
+            measured: What this step measured, for the message of `check`.
         """
+        self._history.append({key: measured[key] for key in _SHOWN if key in measured})
         bad = (~usable).to(counts["failures"].dtype)
         counts["failures"] = (counts["failures"] + bad) * bad
         counts["skipped_steps"] = counts["skipped_steps"] + bad
@@ -52,11 +62,10 @@ class FailureCounter:
         read = torch.stack([counts["failures"], counts["skipped_steps"], stats["step_length"]])
         failures, skipped, length = read.tolist()
         if failures >= self.limit:
-            history = {key: float(value) for key, value in stats.items()}
             raise RuntimeError(
                 f"{self.name} found no usable step {int(failures)} times in a row: gradient or "
-                f"curvature was not finite. Last measurements: {history}. Look for NaN in the "
-                "data, lower max_lr, or raise min_damping."
+                "curvature was not finite. Look for NaN in the data, lower max_lr, or raise "
+                f"min_damping. The last steps:\n{self._lines(step)}"
             )
         if skipped:
             self._warn(
@@ -71,6 +80,13 @@ class FailureCounter:
                 "the curvature vanishes and nothing else limits the step: set max_lr (0.03 to "
                 "0.1), or enlarge the batch.",
             )
+
+    def _lines(self, step: int) -> str:
+        first = step - len(self._history) + 1
+        return "\n".join(
+            f"  step {number}: " + ", ".join(f"{key} {float(x):.3g}" for key, x in measured.items())
+            for number, measured in enumerate(self._history, start=first)
+        )
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

@@ -155,8 +155,23 @@ class QLROptimizer(CurvatureOptimizer):
         group = self.param_groups[0]
         dtype = vectors.scalar_dtype(params)
         damping = torch.as_tensor(group["damping"], dtype=dtype, device=params[0].device)
+        # Extra passes run user code: whatever it raises, the weights are those before the step.
+        saved = vectors.clone(params) if self.wants_record() else None
+        try:
+            counts = self._step_with(params, oracle, damping, saved)
+        except BaseException:
+            if saved is not None:
+                vectors.copy_(params, saved)
+            raise
+        self._failures.check(counts, self._steps_done + 1, self.stats)
+
+    def _step_with(
+        self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Take the step; return the counts of unusable ones."""
+        group = self.param_groups[0]
         rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
-        backup = self._backup(params) if rejects else None
+        backup = self._backup(params, saved) if rejects and saved is not None else None
 
         gradient = Gradient.read(params, group["grad_clip_norm"], maximize=group["maximize"])
         old_moments = self._old_second_moments(params, group)
@@ -169,7 +184,7 @@ class QLROptimizer(CurvatureOptimizer):
         old_form = None if old_moments is None else _diagonal_form(direction, old_moments)
         stats = {"grad_norm": gradient.norm}
         slope, alpha, kappa, found = self._line_search(
-            oracle, direction, squared, damping, gradient, group, stats
+            oracle, direction, squared, damping, gradient, group, stats, saved
         )
         found = found & torch.isfinite(alpha * top_lr * squared.sqrt())
         # Nothing to descend is not a failure.
@@ -197,14 +212,14 @@ class QLROptimizer(CurvatureOptimizer):
             adapted = torch.where(found, damping, raised)
             self._share_damping(torch.where(gradient.finite, adapted, before))
         counts = {name: self._scalar(name, damping) for name in ("failures", "skipped_steps")}
-        self._failures.update(counts, usable)
-        self._scalars.update(counts)
         if oracle.ready:
             stats["loss"] = oracle.base_loss()
         stats["damping"] = self.param_groups[0]["damping"]
+        self._failures.update(counts, usable, stats)
+        self._scalars.update(counts)
         stats["skipped_steps"] = self._scalars["skipped_steps"]
         self.stats = {**self.stats, **stats}
-        self._failures.check(counts, self._steps_done + 1, self.stats)
+        return counts
 
     @abstractmethod
     def _direction(self, params: list[Tensor], grads: list[Tensor], usable: Tensor) -> list[Tensor]:
@@ -239,6 +254,7 @@ class QLROptimizer(CurvatureOptimizer):
         gradient: Gradient,
         group: dict[str, Any],
         stats: dict[str, Tensor],
+        saved: list[Tensor] | None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return slope, step length, damped curvature and whether they can be used."""
         carried = self._scalar("lr_average", squared).nan_to_num(0.0).clamp_min(0.0)
@@ -257,6 +273,7 @@ class QLROptimizer(CurvatureOptimizer):
             grad_slope=None if unclipped is None else unclipped / gradient.factor,
             curvature=group["curvature"],
             regression_scaling="per_example" if group["official_regression_scaling"] else "mean",
+            saved=saved,
         )
         # Asked anew: the answer may have shown that the gradient was clipped.
         unclipped = oracle.grad_slope(slope)
@@ -398,10 +415,12 @@ class QLROptimizer(CurvatureOptimizer):
             value for p in params for value in self.state[p].values() if isinstance(value, Tensor)
         ]
 
-    def _backup(self, params: list[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
+    def _backup(
+        self, params: list[Tensor], saved: list[Tensor]
+    ) -> list[tuple[list[Tensor], list[Tensor]]]:
         self._init_state(params)
         state = self._state_tensors(params)
-        return [(params, vectors.clone(params)), (state, vectors.clone(state))]
+        return [(params, saved), (state, vectors.clone(state))]
 
     def _init_state(self, params: list[Tensor]) -> None:
         """Create the per-parameter state; the base has none."""

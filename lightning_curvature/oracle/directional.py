@@ -56,6 +56,7 @@ def finite_differences(
     params: Vector,
     direction: Vector,
     scaling: RegressionScaling,
+    saved: Vector | None = None,
 ) -> Measured:
     """Difference the model outputs between theta + eps d and theta; one forward per micro-batch.
 
@@ -65,6 +66,7 @@ def finite_differences(
         params: Parameters that have a component in ``direction``.
         direction: The direction, one tensor per parameter.
         scaling: See `Oracle.directional`.
+        saved: Copies of the parameters.
     """
     slope = curvature = roundoff = _zero(params)
     dtype = slope.dtype
@@ -72,7 +74,7 @@ def finite_differences(
     # The coarsest parameters must still move.
     eps = max(PROBE_LENGTHS.get(p.dtype, _HALF_PROBE_LENGTH) for p in params) * length
     eps = eps / vectors.norm(direction).clamp_min(torch.finfo(dtype).tiny)
-    saved = vectors.clone(params)
+    saved = vectors.clone(params) if saved is None else saved
     try:
         vectors.add_scaled_(params, direction, eps)
         for record in records:

@@ -79,6 +79,7 @@ class Oracle(ABC):
         grad_slope: Tensor | None = None,
         curvature: CurvatureKind = "fisher",
         regression_scaling: RegressionScaling = "mean",
+        saved: Sequence[Tensor] | None = None,
     ) -> Directional:
         """Return slope and curvature of the loss along a direction; one extra pass.
 
@@ -89,6 +90,8 @@ class Oracle(ABC):
                 or "hessian".
             regression_scaling: "mean" averages squared errors as the loss does; "per_example" sums
                 them over the outputs of an example, as the official AdamQLR code does.
+            saved: Copies of the parameters that have a gradient, if there are any: spares finite
+                differences, which move the parameters for a while, their own.
         """
 
     @abstractmethod

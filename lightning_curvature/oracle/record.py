@@ -21,6 +21,7 @@ __all__ = [
     "check_batch_unchanged",
     "copied_containers",
     "loss_terms",
+    "no_loss_captured",
 ]
 
 
@@ -71,25 +72,23 @@ class PassRecord:
 
     def modeled(self) -> Tensor:
         """Return the part of the total that the captured losses account for."""
+        if not self.terms:
+            return torch.zeros_like(self.total())
         shares = [term.share for term in self.terms if term.share is not None]
-        if not shares or len(shares) < len(self.terms):
+        if len(shares) < len(self.terms):
             return self.total()
         return torch.stack(shares).sum()
 
-    def check_terms(self) -> None:
-        """Check that the curvature of this micro-batch is known.
 
-        Raises:
-            NoLossCapturedError: If no supported loss function was called.
-        """
-        if not self.terms:
-            names = ", ".join(name for name in SUPPORTED_LOSSES.values() if name != "declare_loss")
-            raise NoLossCapturedError(
-                "The curvature of the loss is unknown: no supported loss function was called on "
-                "outputs that depend on the optimized parameters. Supported are "
-                f"torch.nn.functional.{{{names}}} and their modules. For a hand-written loss call "
-                "lightning_curvature.declare_loss(loss, logits, targets, kind=...)."
-            )
+def no_loss_captured() -> NoLossCapturedError:
+    """Return the error for a loss whose curvature is unknown."""
+    names = ", ".join(name for name in SUPPORTED_LOSSES.values() if name != "declare_loss")
+    return NoLossCapturedError(
+        "The curvature of the loss is unknown: no supported loss function was called on outputs "
+        f"that depend on the optimized parameters. Supported are torch.nn.functional.{{{names}}} "
+        "and their modules. For a hand-written loss call "
+        "lightning_curvature.declare_loss(loss, logits, targets, kind=...)."
+    )
 
 
 def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:

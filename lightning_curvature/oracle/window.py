@@ -25,7 +25,7 @@ from lightning_curvature.oracle.protocol import (
     Oracle,
     RegressionScaling,
 )
-from lightning_curvature.oracle.record import PassRecord
+from lightning_curvature.oracle.record import PassRecord, no_loss_captured
 from lightning_curvature.oracle.replay import Replay
 from lightning_curvature.oracle.self_check import TOLERANCES, SelfCheck
 
@@ -88,6 +88,7 @@ class WindowOracle(Oracle):
         self.partial = False
         self.without_backward = False
         self._gradient_differs = False
+        self._has_captured = False
         self.unchanging_buffers: set[int] = set()
         self._wanted_method: DirectionalMethod = directional
         self._mean = mean
@@ -188,6 +189,7 @@ class WindowOracle(Oracle):
         grad_slope: Tensor | None = None,
         curvature: CurvatureKind = "fisher",
         regression_scaling: RegressionScaling = "mean",
+        saved: Sequence[Tensor] | None = None,
     ) -> Directional:
         """Return slope and curvature of the loss along a direction; see `Oracle.directional`.
 
@@ -195,51 +197,73 @@ class WindowOracle(Oracle):
             NoLossCapturedError: If the curvature of the loss is unknown.
             RuntimeError: If a pass does not do the same when it runs again.
         """
-        answer, unmodeled, roundoff = self._ask(direction, curvature, regression_scaling)
+        question = (direction, curvature, regression_scaling, saved)
+        answer, unmodeled, roundoff, differences = self._ask(*question)
         # Part of the data cannot confirm the gradient of all of it.
         expected = None if self.partial else grad_slope
         self.self_check.add(answer.slope, expected, unmodeled, roundoff)
-        if self.self_check.due and self._reconsider(curvature):
-            first, answer = answer, self._ask(direction, curvature, regression_scaling)[0]
+        if self.self_check.due and self._reconsider(curvature, differences):
+            first, answer = answer, self._ask(*question)[0]
             if expected is not None:
                 self._compare_methods(first.slope, answer.slope, expected)
         return answer
 
     def _ask(
-        self, direction: Sequence[Tensor], kind: CurvatureKind, scaling: RegressionScaling
-    ) -> tuple[Directional, Tensor, Tensor]:
-        """Return the answer, the share of the loss without curvature, and the slope's round-off.
+        self,
+        direction: Sequence[Tensor],
+        kind: CurvatureKind,
+        scaling: RegressionScaling,
+        saved: Sequence[Tensor] | None,
+    ) -> tuple[Directional, Tensor, Tensor, Tensor]:
+        """Return the answer and what the self-check wants to know.
 
-        All are averaged over the ranks in one collective.
+        That is the share of the loss without curvature, the slope's round-off, and the share of the
+        ranks that used finite differences. All are averaged over the ranks in one collective.
         """
         base = self._local(PassRecord.total)
         if kind == "hessian":
             measured = hessian_form(self._replay, self._recorded(), self._active, direction)
             modeled = base
         else:
-            measured = self._fisher(direction, scaling)
+            measured = self._fisher(direction, scaling, saved)
             modeled = self._local(PassRecord.modeled)
-        packed = self.mean_(torch.stack([*measured, base, modeled]))
-        slope, curvature, roundoff, base, modeled = packed.unbind()
+        differences = torch.full_like(base, float(self.method == "fd"))
+        packed = self.mean_(torch.stack([*measured, base, modeled, differences]))
+        slope, curvature, roundoff, base, modeled, differences = packed.unbind()
         self._base_loss = base
         size = base.abs().clamp_min(torch.finfo(packed.dtype).tiny)
-        return Directional(slope, curvature), (base - modeled).abs() / size, roundoff
+        unmodeled = (base - modeled).abs() / size
+        return Directional(slope, curvature), unmodeled, roundoff, differences
 
-    def _fisher(self, direction: Sequence[Tensor], scaling: RegressionScaling) -> Measured:
-        records = self._recorded()
-        for record in records:
-            record.check_terms()
+    def _check_captured(self) -> None:
+        """Check once that some rank has seen a loss function; waits for the device.
+
+        Later batches without one have no curvature: none of their examples has a target, say.
+        """
+        if self._has_captured:
+            return
+        found = any(record.terms for record in self._recorded())
+        flag = torch.tensor([float(found)], device=self.device)
+        if not float(self.mean_(flag)) > 0:
+            raise no_loss_captured()
+        self._has_captured = True
+
+    def _fisher(
+        self,
+        direction: Sequence[Tensor],
+        scaling: RegressionScaling,
+        saved: Sequence[Tensor] | None,
+    ) -> Measured:
+        self._check_captured()
         if self.method is None:
             self.method = self._choose_method()
-        arguments = (self._replay, records, self._active, direction, scaling)
+        arguments = (self._replay, self._recorded(), self._active, direction, scaling)
         if self.method == "fd":
-            return finite_differences(*arguments)
+            return finite_differences(*arguments, saved)
         try:
             return forward_mode(*arguments)
-        except torch.OutOfMemoryError:
-            raise
         except (NotImplementedError, RuntimeError) as error:
-            if self._wanted_method == "jvp":
+            if self._wanted_method == "jvp" or _is_out_of_memory(error):
                 raise
             self._warn(
                 "jvp",
@@ -248,7 +272,7 @@ class WindowOracle(Oracle):
             )
             self._tried.add("jvp")
             self.method = "fd"
-            return finite_differences(*arguments)
+            return finite_differences(*arguments, saved)
 
     def _choose_method(self) -> Literal["fd", "jvp"]:
         if self._wanted_method != "auto":
@@ -283,13 +307,21 @@ class WindowOracle(Oracle):
 
     # Self-check
 
-    def _reconsider(self, kind: CurvatureKind) -> bool:
+    def _reconsider(self, kind: CurvatureKind, differences: Tensor) -> bool:
         """Read the self-check; change the method, or warn, if it failed.
+
+        Args:
+            kind: The curvature asked for.
+            differences: Share of the ranks that used finite differences.
 
         Returns:
             Whether the method was changed, so that the question should be asked again.
         """
         verdict = self.self_check.read()
+        if self.method == "jvp" and float(differences) > 0:
+            # Forward mode failed on another rank; all must take the decisions below alike.
+            self._tried.add("jvp")
+            self.method = "fd"
         if verdict.unmodeled > _UNMODELED_LIMIT:
             self._warn(
                 "unmodeled",
@@ -347,6 +379,11 @@ class WindowOracle(Oracle):
         if key not in self._warned:
             self._warned.add(key)
             warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # The allocator of the CPU raises an ordinary RuntimeError.
+    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 def _close(one: float, other: float) -> bool:

@@ -31,6 +31,7 @@ from lightning_curvature.oracle.record import (
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
 from lightning_curvature.strategies.refusals import (
     refuse_module,
+    refuse_precision,
     refuse_several_optimizers,
     refuse_strategy,
 )
@@ -117,6 +118,7 @@ class StepRecorder:
         refuse_strategy(strategy, asking[0])
         refuse_several_optimizers(asking)
         refuse_module(trainer.lightning_module, asking[0])
+        refuse_precision(strategy.precision_plugin, trainer.lightning_module, asking[0])
         recorder = cls(trainer, asking[0], directional=directional, window=window)
         asking[0].attach(recorder.oracle)
         setattr(strategy, _MARKER, recorder)

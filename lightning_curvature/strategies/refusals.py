@@ -5,6 +5,12 @@ from typing import Any
 
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule
+from lightning.pytorch.plugins.precision import (
+    BitsandbytesPrecision,
+    MixedPrecision,
+    Precision,
+    TransformerEnginePrecision,
+)
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
     FSDPStrategy,
@@ -17,7 +23,7 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.registry import list_optimizers
 
-__all__ = ["refuse_module", "refuse_several_optimizers", "refuse_strategy"]
+__all__ = ["refuse_module", "refuse_precision", "refuse_several_optimizers", "refuse_strategy"]
 
 _UNSUPPORTED: dict[type[Strategy], str] = {
     FSDPStrategy: "shards them",
@@ -25,6 +31,10 @@ _UNSUPPORTED: dict[type[Strategy], str] = {
     DeepSpeedStrategy: "runs backward and the optimizer itself",
     XLAStrategy: "compiles the whole step",
     SingleDeviceXLAStrategy: "compiles the whole step",
+}
+_UNSUPPORTED_PRECISION: dict[type[Precision], str] = {
+    TransformerEnginePrecision: "scales by statistics that an extra pass would change",
+    BitsandbytesPrecision: "quantizes the weights that an extra pass would move",
 }
 
 
@@ -52,6 +62,36 @@ def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
                 f"{type(optimizer).__name__} needs whole parameters on every rank; strategy "
                 f"'{word}' {reason}. Use strategy='ddp_curvature' (or 'ddp'){others}."
             )
+
+
+def refuse_precision(
+    plugin: Precision, module: LightningModule, optimizer: CurvatureOptimizer
+) -> None:
+    """Refuse precision plugins under which the loss cannot be evaluated again.
+
+    Args:
+        plugin: Precision plugin of the Trainer.
+        module: The user's module.
+        optimizer: Optimizer that asks its oracle something.
+
+    Raises:
+        MisconfigurationException: If the plugin is one of them.
+    """
+    name = type(optimizer).__name__
+    for kind, reason in _UNSUPPORTED_PRECISION.items():
+        if isinstance(plugin, kind):
+            raise MisconfigurationException(
+                f"{name} evaluates the loss again; precision plugin {type(plugin).__name__} "
+                f"{reason}. Use precision='32-true', '64-true', 'bf16-mixed', 'bf16-true' or "
+                "'16-mixed'."
+            )
+    scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+    if scaled and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"{name} runs the closure of manual optimization again; precision "
+            f"'{plugin.precision}' runs it before the optimizer sees it. Use "
+            "precision='bf16-mixed', or automatic optimization."
+        )
 
 
 def refuse_several_optimizers(found: list[CurvatureOptimizer]) -> None:

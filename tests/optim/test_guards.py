@@ -336,8 +336,10 @@ def test_too_many_failures_in_a_row_stop_training(cls: type) -> None:
     loop.step(nan_batch(x), y)
     text = (
         rf"{cls.__name__} found no usable step 3 times in a row: gradient or curvature was not "
-        r"finite\. Last measurements: \{.*'skipped_steps': 3\.0.*\}\. Look for NaN in the data, "
-        r"lower max_lr, or raise min_damping\."
+        r"finite\. Look for NaN in the data, "
+        r"lower max_lr, or raise min_damping\. The last steps:\n"
+        r"  step 1: loss nan, (new_loss nan, )?grad_norm nan, .*damping 0\.001, step_length 0\n"
+        r"  step 2: loss nan, .*\n  step 3: loss nan, [^\n]*$"
     )
     with pytest.raises(RuntimeError, match=text):
         loop.step(nan_batch(x), y)
