@@ -9,6 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_curvature.optim.saved_state import (
+    STATE_KEY,
+    STATE_VERSION,
+    check_saved_state,
+)
 from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
 from lightning_curvature.oracle.plain import ModelOracle
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
@@ -16,9 +21,6 @@ from lightning_curvature.oracle.ranks import mean_over_ranks
 from lightning_curvature.oracle.window import DirectionalMethod
 
 __all__ = ["CurvatureOptimizer"]
-
-STATE_KEY = "curvature"
-STATE_VERSION = 1
 
 
 class CurvatureOptimizer(Optimizer, ABC):
@@ -278,57 +280,85 @@ class CurvatureOptimizer(Optimizer, ABC):
             state_dict: What `state_dict` returned.
 
         Raises:
-            ValueError: If the state belongs to another optimizer or a newer version; the present
-                state is then left as it was.
+            ValueError: If the state is damaged, or belongs to another optimizer, another model or
+                a newer version; the present state is then left as it was.
         """
-        self._check_state(state_dict)
-        extra = state_dict[STATE_KEY]
-        super().load_state_dict(state_dict)
+        found: object = state_dict
+        if not isinstance(found, dict):
+            self._check_state(found)
+        before = dict(self.__dict__)
+        loaded: dict[str, Any] = {}
+
+        def check(_: Optimizer, found: dict[str, Any]) -> None:
+            self._check_state(found)
+            loaded.update(found)
+
+        # After the hooks that change a state before, and before those that use it afterwards.
+        hooks = (
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(
+                lambda _: self._finish_loading(loaded), prepend=True
+            ),
+        )
+        try:
+            super().load_state_dict(state_dict)
+        except BaseException:
+            # Loading makes new containers, so the old ones are whole.
+            self.__dict__.clear()
+            self.__dict__.update(before)
+            raise
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def _finish_loading(self, saved: dict[str, Any]) -> None:
         # torch casts state to the dtype of its parameter; statistics keep their own.
-        saved_groups = state_dict["param_groups"]
-        saved_ids = [i for group in saved_groups for i in group["params"]]
-        for index, p in zip(saved_ids, self._all_params(), strict=True):
-            for key, value in state_dict["state"].get(index, {}).items():
+        saved_ids = [i for group in saved["param_groups"] for i in group["params"]]
+        params = self._all_params()
+        for index, p in zip(saved_ids, params, strict=True):
+            for key, value in saved["state"].get(index, {}).items():
                 if isinstance(value, Tensor):
                     self.state[p][key] = value.to(device=p.device)
-        device = self._all_params()[0].device
         for group in self.param_groups:
             for key, value in group.items():
                 if isinstance(value, Tensor):
-                    group[key] = value.to(device)
+                    group[key] = value.to(params[0].device)
         for key in self.shared:
             for group in self.param_groups[1:]:
                 group[key] = self.param_groups[0][key]
-        self._load_curvature_state(copy.deepcopy(extra))
+        self._load_curvature_state(copy.deepcopy(saved[STATE_KEY]))
         self.stats = {}
 
-    def _check_state(self, state_dict: dict[str, Any]) -> None:
-        """Refuse a foreign or truncated state before anything is changed."""
-        name = type(self).__name__
-        extra = state_dict.get(STATE_KEY)
-        if not isinstance(extra, dict) or extra.get("optimizer") != name:
-            found = "a plain torch optimizer" if extra is None else repr(extra.get("optimizer"))
-            raise ValueError(f"Cannot load the state of {found} into {name}.")
-        missing = [key for key in ("state", "param_groups") if key not in state_dict]
-        missing += [key for key in self._curvature_state() if key not in extra]
-        if missing:
-            raise ValueError(f"Cannot load a truncated state into {name}: no {missing}.")
-        if extra["version"] > STATE_VERSION:
-            raise ValueError(
-                f"Cannot load version {extra['version']} of the state of {name}: this release "
-                f"knows versions up to {STATE_VERSION}. Update lightning-curvature."
-            )
-        ids = [index for group in state_dict["param_groups"] for index in group["params"]]
-        # Other numbers of groups or parameters are torch's to refuse.
-        for index, p in zip(ids, self._all_params(), strict=False):
-            saved = state_dict["state"].get(index)
-            for key in self.state_names if saved else ():
-                shape = tuple(p.shape) if key != "step" else ()
-                if key not in saved or tuple(saved[key].shape) != shape:
-                    raise ValueError(
-                        f"Cannot load the state into {name}: '{key}' of parameter {index} is "
-                        f"missing or not of shape {list(shape)}."
-                    )
+    def _check_state(self, saved: Any) -> None:
+        """Refuse an unsound state before anything is changed.
+
+        Args:
+            saved: What is to be loaded.
+
+        Raises:
+            ValueError: If it is not a whole and sound state of this optimizer.
+        """
+        check_saved_state(
+            saved,
+            name=type(self).__name__,
+            params=self._all_params(),
+            state_names=self.state_names,
+            # torch adds "differentiable" to the defaults of optimizers that do not have it.
+            hyper_parameters=[key for key in self.defaults if key != "differentiable"],
+            shared=self.shared,
+            check_group=self._check_group,
+        )
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        """Check the hyper-parameters of a group.
+
+        Args:
+            group: A whole group.
+
+        Raises:
+            ValueError: If one is out of range.
+            TypeError: If one has the wrong type.
+        """
 
     def __getstate__(self) -> dict[str, Any]:
         """Return what a pickle or deep copy holds: everything but the oracle."""

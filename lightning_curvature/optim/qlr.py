@@ -105,10 +105,14 @@ class QLROptimizer(CurvatureOptimizer):
             ValueError: If an argument is out of range, or differs from the other groups though it
                 is one value for all.
         """
-        given = {**self.defaults, **_plain(param_group)}
-        cap = given.pop(_CAP)
-        check_arguments({**given, "max_lr": cap, "damping": float(given["damping"])})
+        self._check_group({**self.defaults, **_plain(param_group)})
         super().add_param_group(_plain(param_group))
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        damping = group["damping"]
+        if isinstance(damping, Tensor):
+            damping = float(damping)
+        check_arguments({**group, "max_lr": group[_CAP], "damping": damping})
 
     @property
     def shared(self) -> tuple[str, ...]:
