@@ -15,19 +15,26 @@ _STEPS_SHOWN = 8
 
 
 class FailureCounter:
-    """Counts unusable steps on the device and reads the counts every ``limit`` steps.
+    """Counts unusable steps on the device and reads the counts only when they may be too many.
+
+    After a reading of n failures in a row the limit cannot be reached for ``limit - n`` steps, so
+    the next reading comes then: every ``limit`` steps as long as all goes well.
 
     Args:
         name: Name of the optimizer, for messages.
         limit: Failures in a row after which training stops.
         long_step: Step length above which the user is told; None for never.
+        resumed: Whether the counts come from a checkpoint, so that the first step reads them.
     """
 
-    def __init__(self, name: str, limit: int, long_step: float | None = None) -> None:
+    def __init__(
+        self, name: str, limit: int, long_step: float | None = None, *, resumed: bool = False
+    ) -> None:
         self.name = name
         self.limit = limit
         self.long_step = long_step
         self._warned: set[str] = set()
+        self._steps_until_reading = 1 if resumed else limit
         self._history: deque[dict[str, Tensor]] = deque(maxlen=min(limit, _STEPS_SHOWN))
 
     def update(
@@ -51,16 +58,18 @@ class FailureCounter:
 
         Args:
             counts: See `update`.
-            step: Number of the step, from 1; the counts are read if ``limit`` divides it.
+            step: Number of the step, from 1.
             stats: Last measurements; "step_length" is checked.
 
         Raises:
-            RuntimeError: After ``limit`` or more unusable steps in a row.
+            RuntimeError: After ``limit`` unusable steps in a row.
         """
-        if step % self.limit:
+        self._steps_until_reading -= 1
+        if self._steps_until_reading > 0:
             return
         read = torch.stack([counts["failures"], counts["skipped_steps"], stats["step_length"]])
         failures, skipped, length = read.tolist()
+        self._steps_until_reading = max(self.limit - int(failures), 1)
         if failures >= self.limit:
             raise RuntimeError(
                 f"{self.name} found no usable step {int(failures)} times in a row: gradient or "

@@ -89,11 +89,11 @@ class QLROptimizer(CurvatureOptimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or deep copy."""
         super().__setstate__(state)
-        self._failures = self._new_failure_counter()
+        self._failures = self._new_failure_counter(resumed=True)
 
-    def _new_failure_counter(self) -> FailureCounter:
+    def _new_failure_counter(self, *, resumed: bool = False) -> FailureCounter:
         limit = int(self.param_groups[0]["max_failures"])
-        return FailureCounter(type(self).__name__, limit, self.long_step)
+        return FailureCounter(type(self).__name__, limit, self.long_step, resumed=resumed)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a parameter group.

@@ -73,16 +73,18 @@ class StepRecorder:
         params = [p for group in optimizer.param_groups for p in group["params"]]
         self.oracle: WindowOracle
         contexts = (trainer.strategy.precision_plugin.train_step_context, self._silent)
+        # A group may exist though this Trainer trains alone: one of several, say, under torchrun.
+        mean = mean_over_ranks if trainer.world_size > 1 else None
         if module.automatic_optimization:
             self.oracle = WindowOracle(
-                params, module, directional=directional, mean=mean_over_ranks, contexts=contexts
+                params, module, directional=directional, mean=mean, contexts=contexts
             )
         else:
             self.oracle = ClosureOracle(
                 params,
                 module,
                 directional=directional,
-                mean=mean_over_ranks,
+                mean=mean,
                 contexts=contexts,
                 unwrap=_user_closure,
             )

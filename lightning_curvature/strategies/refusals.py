@@ -62,6 +62,13 @@ def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
                 f"{type(optimizer).__name__} needs whole parameters on every rank; strategy "
                 f"'{word}' {reason}. Use strategy='ddp_curvature' (or 'ddp'){others}."
             )
+    period = getattr(strategy, "_model_averaging_period", None)
+    if period is not None:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} needs the same weights on every rank; with "
+            f"model_averaging_period={period!r} each rank takes steps of its own in between. Leave "
+            "it out."
+        )
 
 
 def refuse_precision(
