@@ -345,7 +345,6 @@ class CurvatureOptimizer(Optimizer, ABC):
             state_names=self.state_names,
             # torch adds "differentiable" to the defaults of optimizers that do not have it.
             hyper_parameters=[key for key in self.defaults if key != "differentiable"],
-            shared=self.shared,
             check_group=self._check_group,
         )
 

@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 __all__ = ["STATE_KEY", "STATE_VERSION", "check_saved_state"]
@@ -24,7 +23,6 @@ def check_saved_state(
     params: Sequence[Tensor],
     state_names: Sequence[str],
     hyper_parameters: Sequence[str],
-    shared: Sequence[str],
     check_group: Callable[[dict[str, Any]], None],
 ) -> None:
     """Check what `torch.optim.Optimizer.load_state_dict` is about to load.
@@ -37,7 +35,6 @@ def check_saved_state(
         params: Its parameters.
         state_names: What it keeps per parameter; "step" is a scalar, all else of its shape.
         hyper_parameters: What every group holds.
-        shared: Those of them that are one value for all groups.
         check_group: Checks the hyper-parameters of a group.
 
     Raises:
@@ -60,12 +57,6 @@ def check_saved_state(
     groups = saved["param_groups"]
     for number, group in enumerate(groups):
         _check_one_group(f"{where}: parameter group {number}", group, hyper_parameters, check_group)
-        for key in shared:
-            if not _equal(group[key], groups[0][key]):
-                raise ValueError(
-                    f"{where}: {key}={_short(group[key])} in parameter group {number}, but "
-                    f"{_short(groups[0][key])} in group 0: it is one value for all groups."
-                )
     ids = [index for group in groups for index in group["params"]]
     numbered = len(set(ids)) == len(ids) and set(saved["state"]) <= set(ids)
     if len(ids) == len(params) and not numbered:
@@ -110,7 +101,8 @@ def _check_one_group(
     hyper_parameters: Sequence[str],
     check_group: Callable[[dict[str, Any]], None],
 ) -> None:
-    if not isinstance(group, dict) or not isinstance(group.get("params"), list):
+    ids = group.get("params") if isinstance(group, dict) else None
+    if not isinstance(ids, list) or not all(isinstance(index, (int, str)) for index in ids):
         raise ValueError(f"{where} must be a dict with a list 'params', got {_short(group)}.")
     missing = [key for key in hyper_parameters if key not in group]
     if missing:
@@ -155,12 +147,6 @@ def _check_tensor(where: str, value: Any, shape: tuple[int, ...]) -> None:
 
 def _is_count(value: Any) -> bool:
     return isinstance(value, int) and not isinstance(value, bool)
-
-
-def _equal(one: Any, other: Any) -> bool:
-    if isinstance(one, Tensor) and isinstance(other, Tensor):
-        return bool(torch.equal(one.cpu(), other.cpu()))
-    return type(one) is type(other) and bool(one == other)
 
 
 def _short(value: Any) -> str:
