@@ -81,6 +81,7 @@ class ModelOracle(ClosureOracle):
         self._wanted = wanted
         self._grad_scaler = grad_scaler
         self._forward: _Forward | None = None
+        self._step = 0
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(_Hook(self._after_forward)),
@@ -103,11 +104,12 @@ class ModelOracle(ClosureOracle):
         """Forget the recorded micro-batches."""
         super().clear()
         self._forward = None
+        self._step += 1
 
     def zeroed(self) -> None:
         """Forget batches whose gradient is gone: their step was skipped (by a scaler, say)."""
         if not (self.recording or in_extra_pass()):
-            self.records = [record for record in self.records if record.loss is None]
+            self.records = []
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
@@ -162,17 +164,24 @@ class ModelOracle(ClosureOracle):
         record.num_calls = len(capture.calls)
         record.versions = forward.versions + versions
         value = loss.detach().clone()
+        step = self._step
 
+        # The batch belongs to the graph of its loss until the backward: a loss that is only looked
+        # at takes it along.
         def finish(weight: Tensor) -> None:
+            if step != self._step:  # the weights have moved since
+                return
             if record.loss is None and all(p.grad is None for p in self.params):
                 # Zeroed by the model, perhaps, after a step that was skipped.
                 self.records = [r for r in self.records if all(r is not e for e in earlier)]
             if self._grad_scaler is not None:
                 # Not get_scale(), which would wait for the device.
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))
-            record.weight = weight if record.loss is None else record.weight + weight
-            record.loss = value
+            if record.loss is None:
+                self.add(record)
+            else:
+                weight = record.weight + weight
+            record.weight, record.loss = weight, value
 
         loss.register_hook(finish)  # type: ignore[no-untyped-call]
-        self.add(record)
         return loss

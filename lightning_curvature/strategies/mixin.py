@@ -1,8 +1,11 @@
 """CurvatureMixin: makes a Lightning strategy record for a curvature optimizer."""
 
+import errno
+import pickle
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.types import _PATH
 from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.utilities.types import STEP_OUTPUT
 from typing_extensions import override
@@ -44,6 +47,30 @@ class CurvatureMixin(Strategy):
         return self._own_recorder.around(step, *args, **kwargs)
 
     @override
+    def load_checkpoint(
+        self, checkpoint_path: _PATH, weights_only: bool | None = None
+    ) -> dict[str, Any]:
+        """Read a checkpoint.
+
+        Args:
+            checkpoint_path: Path or address of the file.
+            weights_only: See `torch.load`.
+
+        Raises:
+            RuntimeError: If the file is damaged.
+        """
+        try:
+            return super().load_checkpoint(checkpoint_path, weights_only)
+        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
+            if not _is_damage(error):
+                raise
+            raise RuntimeError(
+                f"Cannot read the checkpoint {checkpoint_path}: the file is damaged, or was cut "
+                f"off while it was written ({type(error).__name__}: {error}). Resume from an "
+                "older one."
+            ) from error
+
+    @override
     def teardown(self) -> None:
         """Detach from the optimizer, then tear the strategy down."""
         self._detach()
@@ -53,3 +80,12 @@ class CurvatureMixin(Strategy):
         if self._own_recorder is not None:
             self._own_recorder.detach()
             self._own_recorder = None
+
+
+def _is_damage(error: Exception) -> bool:
+    """Tell what torch raises for a damaged file from what it raises for a missing one."""
+    if isinstance(error, OSError):
+        return error.errno == errno.EINVAL  # it looks for the end of the file before its beginning
+    if isinstance(error, pickle.UnpicklingError):
+        return "Weights only load failed" not in str(error)
+    return isinstance(error, EOFError) or "PytorchStreamReader" in str(error)

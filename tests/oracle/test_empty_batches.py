@@ -67,6 +67,6 @@ def test_a_loss_that_never_is_captured_is_an_error() -> None:
     loop = _loop()
     x, y = classification(1)[0]
     before = loop.theta()
-    with pytest.raises(NoLossCapturedError, match="^The curvature of the loss is unknown"):
+    with pytest.raises(NoLossCapturedError, match=r"^The curvature of the loss is unknown"):
         loop.step(x, torch.full_like(y, IGNORED))
     assert torch.equal(loop.theta(), before)

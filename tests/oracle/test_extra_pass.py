@@ -1,7 +1,9 @@
 """Questions in plain PyTorch leave no trace, even after failures (oracle/extra_pass.py)."""
 
 import copy
+import gc
 import random
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -13,6 +15,7 @@ from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
 
 from lightning_curvature import in_extra_pass
+from lightning_curvature.oracle import MissingCapabilityError
 from tests.helpers.dense import build, mlp
 from tests.helpers.losses import inputs, labels
 from tests.helpers.probing import Probe, assert_bitwise, parameters_and_buffers
@@ -223,3 +226,42 @@ def test_model_can_be_copied_at_any_time() -> None:
     optimizer.step()
     assert optimizer.deviations[0] < WITHIN
     assert torch.equal(*optimizer.losses[0])
+
+
+def test_a_loss_that_is_only_looked_at_keeps_no_batch() -> None:
+    """An evaluation without ``no_grad`` does not collect its batches, nor enter the next step."""
+    models = [build("linear", torch.float64) for _ in range(2)]
+    optimizers = [Probe(m.parameters(), passes=["directional", "loss"]) for m in models]
+    criteria = [
+        optimizer.attach_model(model, F.cross_entropy, directional="jvp")
+        for model, optimizer in zip(models, optimizers, strict=True)
+    ]
+    batches = []
+    for _ in range(3):
+        batch = inputs().flip(0)
+        batches.append(weakref.ref(batch))
+        criteria[0](models[0](batch), labels())
+    del batch
+    for model, optimizer, criterion in zip(models, optimizers, criteria, strict=True):
+        criterion(model(inputs()), labels()).backward()
+        gc.collect()
+        assert [batch() for batch in batches] == [None] * 3
+        optimizer.step()
+    assert optimizers[0].curvatures == optimizers[1].curvatures
+
+
+def test_a_loss_from_before_the_step_is_not_taken_for_one_of_after() -> None:
+    """Its gradient belongs to other weights: the step that finds it says so."""
+    model = build("linear", torch.float64)
+    optimizer = Probe(model.parameters(), passes=["directional"])
+    criterion = optimizer.attach_model(model, F.cross_entropy, directional="jvp")
+    late = criterion(model(inputs()), labels())
+    late.backward(retain_graph=True)
+    optimizer.step()
+    optimizer.zero_grad()
+    with torch.no_grad():
+        for param in model.parameters():
+            param.data = param.data.clone()
+    late.backward()
+    with pytest.raises(MissingCapabilityError, match="gradients without a recorded loss"):
+        optimizer.step()
