@@ -52,6 +52,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         self.stats: dict[str, Tensor] = {}
         self._steps_done = 0
         self._scalars: dict[str, Tensor] = {}
+        # Of the oracle, while none is attached.
+        self._oracle_state: dict[str, Any] = {}
         super().__init__(params, defaults)
 
     @property
@@ -77,11 +79,13 @@ class CurvatureOptimizer(Optimizer, ABC):
                 f"{type(oracle).__name__} cannot answer; it offers {sorted(oracle.capabilities)}."
             )
         self.detach()
+        oracle.load_state(self._oracle_state)
         self.oracle = oracle
 
     def detach(self) -> None:
         """Remove the oracle and what it installed."""
         if self.oracle is not None:
+            self._oracle_state = self.oracle.state()
             self.oracle.close()
             self.oracle = None
 
@@ -260,12 +264,17 @@ class CurvatureOptimizer(Optimizer, ABC):
             "optimizer": type(self).__name__,
             "steps_done": self._steps_done,
             "scalars": dict(self._scalars),
+            "oracle": self._oracle_state if self.oracle is None else self.oracle.state(),
         }
 
     def _load_curvature_state(self, state: dict[str, Any]) -> None:
         device = self._all_params()[0].device
         self._steps_done = int(state["steps_done"])
         self._scalars = {name: value.to(device) for name, value in state["scalars"].items()}
+        self._oracle_state = {
+            name: value.to(device) if isinstance(value, Tensor) else value
+            for name, value in state["oracle"].items()
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state: torch's layout and one more key with the curvature's state."""
@@ -310,6 +319,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         finally:
             for hook in hooks:
                 hook.remove()
+        if self.oracle is not None:
+            self.oracle.load_state(self._oracle_state)
 
     def _finish_loading(self, saved: dict[str, Any]) -> None:
         # torch casts state to the dtype of its parameter; statistics keep their own.
@@ -372,6 +383,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         self.__dict__.setdefault("stats", {})
         self.__dict__.setdefault("_steps_done", 0)
         self.__dict__.setdefault("_scalars", {})
+        self.__dict__.setdefault("_oracle_state", {})
         if extra is not None:
             self._load_curvature_state(extra)
 

@@ -6,6 +6,7 @@ Whatever is wrong is named here, while the present state of the optimizer is sti
 
 import math
 from collections.abc import Callable, Sequence
+from types import NoneType
 from typing import Any
 
 from torch import Tensor
@@ -75,7 +76,9 @@ def check_saved_state(
 
 
 def _check_own(own: dict[str, Any], name: str) -> None:
-    missing = [key for key in ("version", "optimizer", "steps_done", "scalars") if key not in own]
+    missing = [
+        key for key in ("version", "optimizer", "steps_done", "scalars", "oracle") if key not in own
+    ]
     if missing:
         raise ValueError(f"Cannot load a truncated state into {name}: no {missing}.")
     where = f"Cannot load the state into {name}"
@@ -93,6 +96,29 @@ def _check_own(own: dict[str, Any], name: str) -> None:
         raise ValueError(f"{where}: 'scalars' must be a dict, got {_short(scalars)}.")
     for key, value in scalars.items():
         _check_tensor(f"{where}: scalar '{key}'", value, ())
+    _check_oracle(where, own["oracle"])
+
+
+def _check_oracle(where: str, state: Any) -> None:
+    if not isinstance(state, dict):
+        raise ValueError(f"{where}: 'oracle' must be a dict, got {_short(state)}.")
+    if not state:
+        return
+    kinds = {
+        "choice": str,
+        "method": (str, NoneType),
+        "tried": list,
+        "gradient_differs": bool,
+        "asks": int,
+        "sums": (Tensor, NoneType),
+    }
+    for key, kind in kinds.items():
+        if key not in state or not isinstance(state[key], kind):  # type: ignore[arg-type]
+            raise ValueError(f"{where}: '{key}' of 'oracle' is {_short(state.get(key))}.")
+    if state["method"] not in (None, "fd", "jvp"):
+        raise ValueError(f"{where}: 'method' of 'oracle' is {_short(state['method'])}.")
+    if state["sums"] is not None:
+        _check_tensor(f"{where}: 'sums' of 'oracle'", state["sums"], (3,))
 
 
 def _check_one_group(

@@ -121,6 +121,17 @@ class Oracle(ABC):
     def clear(self) -> None:
         """Forget the recorded micro-batches; called after every optimizer step."""
 
+    def state(self) -> dict[str, Any]:
+        """Return what of the oracle must survive a checkpoint, in plain types."""
+        return {}
+
+    def load_state(self, state: dict[str, Any]) -> None:  # noqa: B027 - most have none
+        """Continue where a checkpoint was taken.
+
+        Args:
+            state: What `state` returned; empty to start anew.
+        """
+
     def zeroed(self) -> None:  # noqa: B027 - most oracles need not know
         """Hear that the gradients were set to zero."""
 

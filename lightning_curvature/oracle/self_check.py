@@ -7,7 +7,7 @@ and read only now and then, so that a step never waits for the device.
 
 import math
 from collections import deque
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,7 @@ from torch import Tensor
 __all__ = ["TOLERANCES", "SelfCheck", "Verdict"]
 
 # Largest relative deviation that is put down to round-off.
-TOLERANCES = {"jvp": 0.01, "fd": 0.05, "autocast": 0.05}
+TOLERANCES = {"jvp": 0.01, "fd": 0.05, "autocast": 0.05, "half": 0.1}
 
 
 class Verdict(NamedTuple):
@@ -71,6 +71,20 @@ class SelfCheck:
         sums = torch.where(torch.isfinite(sums).all(), sums, torch.zeros_like(sums))
         self._sums = sums if self._sums is None else self._sums + sums
         self.asks += 1
+
+    def state(self) -> dict[str, Any]:
+        """Return what a checkpoint keeps, so that a resumed run checks when the whole run does."""
+        return {"asks": self.asks, "sums": None if self._sums is None else self._sums.clone()}
+
+    def load_state(self, state: dict[str, Any], device: torch.device) -> None:
+        """Continue where a checkpoint was taken.
+
+        Args:
+            state: What `state` returned.
+            device: Device of the slopes to come.
+        """
+        self.asks = state["asks"]
+        self._sums = None if state["sums"] is None else state["sums"].to(device)
 
     @property
     def due(self) -> bool:

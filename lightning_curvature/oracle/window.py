@@ -89,6 +89,8 @@ class WindowOracle(Oracle):
         self.without_backward = False
         self._gradient_differs = False
         self._has_captured = False
+        self._choice: str | None = None
+        self._resumed: dict[str, Any] = {}
         self.unchanging_buffers: set[int] = set()
         self._wanted_method: DirectionalMethod = directional
         self._mean = mean
@@ -197,6 +199,7 @@ class WindowOracle(Oracle):
             NoLossCapturedError: If the curvature of the loss is unknown.
             RuntimeError: If a pass does not do the same when it runs again.
         """
+        self._start(curvature)
         question = (direction, curvature, regression_scaling, saved)
         answer, unmodeled, roundoff, differences = self._ask(*question)
         # Part of the data cannot confirm the gradient of all of it.
@@ -255,8 +258,6 @@ class WindowOracle(Oracle):
         saved: Sequence[Tensor] | None,
     ) -> Measured:
         self._check_captured()
-        if self.method is None:
-            self.method = self._choose_method()
         arguments = (self._replay, self._recorded(), self._active, direction, scaling)
         if self.method == "fd":
             return finite_differences(*arguments, saved)
@@ -274,13 +275,52 @@ class WindowOracle(Oracle):
             self.method = "fd"
             return finite_differences(*arguments, saved)
 
+    def state(self) -> dict[str, Any]:
+        """Return the method in use and the self-check, which may change it."""
+        if self._choice is None:
+            return dict(self._resumed)
+        return {
+            "choice": self._choice,
+            "method": self.method,
+            "tried": sorted(self._tried),
+            "gradient_differs": self._gradient_differs,
+            **self.self_check.state(),
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue with the method and self-check of a checkpoint.
+
+        Args:
+            state: What `state` returned; empty to start anew.
+        """
+        self._resumed = dict(state)
+        self._choice = self.method = None
+        self._tried = set()
+        self._gradient_differs = False
+        self.self_check = SelfCheck()
+
+    def _start(self, kind: CurvatureKind) -> None:
+        """Choose a method before the first ask, or resume with that of a checkpoint."""
+        if self._choice is not None and (self.method is not None or kind == "hessian"):
+            return
+        if kind == "fisher":
+            self.method = self._choose_method()
+        self._choice = f"{self._wanted_method}: {self.method or kind}"
+        state = self._resumed
+        # Where the user, or the precision, leads to another choice nothing was learned.
+        if state.get("choice") == self._choice:
+            self.method = state["method"]
+            self._tried = set(state["tried"])
+            self._gradient_differs = state["gradient_differs"]
+            self.self_check.load_state(state, self.device)
+        self._resumed = {}
+
     def _choose_method(self) -> Literal["fd", "jvp"]:
         if self._wanted_method != "auto":
             return self._wanted_method
         if self.module is None:
             return "fd"
-        full = all(p.dtype in PROBE_LENGTHS for p in self.params)
-        return "fd" if full and self._full_precision() and not self._autocast() else "jvp"
+        return "fd" if self._precision() is None and self._full_precision() else "jvp"
 
     def _full_precision(self) -> bool:
         """Tell whether float32 is computed as such: the probe is far below TF32's resolution."""
@@ -291,6 +331,11 @@ class WindowOracle(Oracle):
             self.device.type == "cuda" and self._replay.cudnn and torch.backends.cudnn.allow_tf32
         )
         return matmul == "highest" and not tf32_convolutions
+
+    def _precision(self) -> str | None:
+        if not all(p.dtype in PROBE_LENGTHS for p in self.params):
+            return "half"
+        return "autocast" if self._autocast() else None
 
     def _autocast(self) -> bool:
         return any(record.environment.autocast[0] for record in self._recorded())
@@ -330,7 +375,7 @@ class WindowOracle(Oracle):
                 "lightning_curvature.declare_loss can declare it.",
             )
         method = self.method or "jvp"
-        tolerance = TOLERANCES["autocast" if self._autocast() else method]
+        tolerance = TOLERANCES[self._precision() or method]
         if not verdict.deviation > tolerance:
             return False
         other: Literal["fd", "jvp"] = "fd" if method == "jvp" else "jvp"

@@ -191,11 +191,10 @@ class StepRecorder:
         environment.learn_unchanging(oracle.unchanging_buffers)
         loss = _loss_of(output)
         if loss is not None:
-            whole = self.window == "last"
             record = PassRecord(
                 run=functools.partial(_run_again, training_step, batch),
                 environment=environment,
-                weight=1.0 if whole else 1.0 / self.trainer.accumulate_grad_batches,
+                weight=self._weight(),
                 loss=loss.detach().clone(),
                 terms=loss_terms(loss, capture.calls),
                 num_calls=len(capture.calls),
@@ -203,6 +202,14 @@ class StepRecorder:
             )
             oracle.add(record)
         return output
+
+    def _weight(self) -> float:
+        """Return what the loss of the present micro-batch counts in the step."""
+        size = self.trainer.accumulate_grad_batches
+        if self.window == "all":
+            return 1.0 / size
+        # It stands for all micro-batches so far: fewer than ``size`` in a short last window.
+        return (self.trainer.fit_loop.epoch_loop.batch_idx % size + 1) / size
 
     @contextmanager
     def _silent(self) -> Iterator[None]:
