@@ -10,9 +10,11 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from lightning_curvature.optim.saved_state import (
+    COPY_KEY,
     STATE_KEY,
     STATE_VERSION,
     check_saved_state,
+    without_copies,
 )
 from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
 from lightning_curvature.oracle.plain import ModelOracle
@@ -277,9 +279,15 @@ class CurvatureOptimizer(Optimizer, ABC):
         }
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the whole state: torch's layout and one more key with the curvature's state."""
+        """Return the whole state: torch's layout and one more key with the curvature's state.
+
+        Optimizers that ask nothing work where parameters are sharded, too. Distributed checkpoints
+        keep torch's layout only, so there the first group carries a copy of that key.
+        """
         state = super().state_dict()
         state[STATE_KEY] = self._curvature_state()
+        if not self.asks:
+            state["param_groups"][0][COPY_KEY] = self._curvature_state()
         return state
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -298,9 +306,11 @@ class CurvatureOptimizer(Optimizer, ABC):
         before = dict(self.__dict__)
         loaded: dict[str, Any] = {}
 
-        def check(_: Optimizer, found: dict[str, Any]) -> None:
+        def check(_: Optimizer, found: dict[str, Any]) -> dict[str, Any]:
+            found = without_copies(found)
             self._check_state(found)
             loaded.update(found)
+            return found
 
         # After the hooks that change a state before, and before those that use it afterwards.
         hooks = (

@@ -11,10 +11,30 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["STATE_KEY", "STATE_VERSION", "check_saved_state"]
+__all__ = ["COPY_KEY", "STATE_KEY", "STATE_VERSION", "check_saved_state", "without_copies"]
 
 STATE_KEY = "curvature"
+# Of its copy in the first group; "curvature" is a hyper-parameter there.
+COPY_KEY = "curvature_state"
 STATE_VERSION = 1
+
+
+def without_copies(saved: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose own key stands at the top, where it may be missing, and only there.
+
+    Args:
+        saved: The state; it is not changed.
+    """
+    groups = saved.get("param_groups")
+    if not isinstance(groups, list) or not all(isinstance(group, dict) for group in groups):
+        return saved
+    copies = [group[COPY_KEY] for group in groups if isinstance(group.get(COPY_KEY), dict)]
+    if not copies:
+        return saved
+    # Distributed checkpoints drop empty dictionaries.
+    own = {"scalars": {}, "oracle": {}, **copies[0]}
+    rest = [{key: value for key, value in g.items() if key != COPY_KEY} for g in groups]
+    return {STATE_KEY: own, **saved, "param_groups": rest}
 
 
 def check_saved_state(

@@ -2,18 +2,18 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 
-from lightning_curvature.oracle.capture import RawCall
+from lightning_curvature.oracle.capture import LossCapture, RawCall
 from lightning_curvature.oracle.extra_pass import ContextFactory, extra_pass
 from lightning_curvature.oracle.heads import BoundLoss, bind_loss
 from lightning_curvature.oracle.record import LossTerm, PassRecord, check_batch_unchanged
 
-__all__ = ["Replay", "load_forward_mode", "matched_terms"]
+__all__ = ["Replay", "is_compiled", "load_forward_mode", "matched_terms"]
 
 
 class Replay:
@@ -27,6 +27,7 @@ class Replay:
         parameters: Ids of the parameters of the module.
         recurrent: Whether the module has an LSTM, GRU or RNN.
         cudnn: Whether it has layers that cuDNN computes on a GPU.
+        compiled: Whether any part of it goes through `torch.compile`.
     """
 
     def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
@@ -36,6 +37,7 @@ class Replay:
         parts = () if module is None else module.modules()
         kinds = [type(part) for part in parts]
         self.recurrent = any(issubclass(kind, nn.RNNBase) for kind in kinds)
+        self.compiled = module is not None and is_compiled(module)
         self.cudnn = self.recurrent or any(issubclass(kind, _ConvNd) for kind in kinds)
 
     @contextmanager
@@ -65,6 +67,19 @@ class Replay:
         """
         with self.running(record) as total:
             return total
+
+    def total_alone(self, record: PassRecord) -> Tensor:
+        """Return the total loss of a pass nobody captures the losses of.
+
+        Args:
+            record: The pass.
+
+        Raises:
+            RuntimeError: If it returns no loss this time.
+        """
+        # A compiled module sees the capture: without one it would be compiled once more.
+        with LossCapture() if self.compiled else nullcontext():
+            return self.total(record)
 
     def total_with(self, record: PassRecord, values: dict[int, Tensor]) -> Tensor:
         """Run a pass with other tensors in the place of parameters.
@@ -136,6 +151,20 @@ def matched_terms(record: PassRecord, calls: Sequence[RawCall]) -> list[tuple[Lo
             "same when it sees the same batch again."
         )
     return matched
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Tell whether any part of a module goes through `torch.compile`.
+
+    Args:
+        module: The module; Lightning marks those that were compiled as a whole.
+    """
+    if getattr(module, "_compiler_ctx", None) is not None:
+        return True
+    return any(
+        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
+        for part in module.modules()
+    )
 
 
 def load_forward_mode() -> None:

@@ -175,7 +175,7 @@ class WindowOracle(Oracle):
     @torch.no_grad()
     def loss(self) -> Tensor:
         """Return the loss at the present parameters; one forward per micro-batch."""
-        new = self._local(self._replay.total)
+        new = self._local(self._replay.total_alone)
         if self._base_loss is not None:
             return self.mean_(new.reshape(1))[0]
         packed = self.mean_(torch.stack([new, self._local(PassRecord.total)]))

@@ -28,6 +28,7 @@ from lightning_curvature.oracle.record import (
     copied_containers,
     loss_terms,
 )
+from lightning_curvature.oracle.replay import is_compiled
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
 from lightning_curvature.strategies.refusals import (
     refuse_module,
@@ -89,7 +90,7 @@ class StepRecorder:
                 unwrap=_user_closure,
             )
         self.oracle.partial = window == "last"
-        self._compiled = _is_compiled(module)
+        self._compiled = is_compiled(module)
         self._shadowed: Strategy | None = None
 
     @classmethod
@@ -296,13 +297,3 @@ def _user_closure(closure: Callable[[], Any]) -> Callable[[], Any]:
         if callable(inner):
             return inner  # type: ignore[no-any-return]
     return closure
-
-
-def _is_compiled(module: pl.LightningModule) -> bool:
-    """Tell whether any part of a module goes through `torch.compile`."""
-    if getattr(module, "_compiler_ctx", None) is not None:
-        return True
-    return any(
-        isinstance(part, torch._dynamo.OptimizedModule) or part._compiled_call_impl is not None
-        for part in module.modules()
-    )

@@ -50,7 +50,8 @@ def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
     """
     for kind, reason in _UNSUPPORTED.items():
         if isinstance(strategy, kind):
-            word = getattr(strategy, "strategy_name", None) or kind.__name__
+            # Not an inherited name, which is that of another strategy.
+            word = vars(kind).get("strategy_name", kind.__name__)
             elementwise = [info.cls.__name__ for info in list_optimizers() if not info.asks]
             others = (
                 f", or one of the elementwise optimizers that need no extra passes: "

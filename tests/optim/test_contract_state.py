@@ -146,7 +146,9 @@ def test_state_dict_has_torchs_layout(contract: Contract) -> None:
     assert state["curvature"]["steps_done"] == 2
     assert isinstance(state["curvature"]["version"], int)
     arguments = {key_of(name) for name in inspect.signature(contract.info.cls).parameters}
-    assert arguments == set(state["param_groups"][0])
+    # For distributed checkpoints, which drop the key at the top.
+    copied = set() if contract.info.asks else {"curvature_state"}
+    assert arguments | copied == set(state["param_groups"][0])
 
     def check(value: Any) -> None:
         # What `weights_only` loading and other readers understand.
