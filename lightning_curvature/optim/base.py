@@ -251,10 +251,11 @@ class CurvatureOptimizer(Optimizer, ABC):
         for name in self.shared if new is not first else ():
             if name in given and given[name] != first[name]:
                 self.param_groups.pop()
-                argument = self.argument_names.get(name, name)
+                argument, common = self.argument_names.get(name, name), first[name]
+                common = common.item() if isinstance(common, Tensor) else common
                 raise ValueError(
                     f"Invalid {argument}={given[name]!r} in a parameter group: it is one value "
-                    f"for all groups, here {first[name]!r}. Leave it out of the group."
+                    f"for all groups, here {common!r}. Leave it out of the group."
                 )
             new[name] = first[name]
 
