@@ -276,7 +276,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._scalars = {name: value.to(device) for name, value in state["scalars"].items()}
         self._oracle_state = {
             name: value.to(device) if isinstance(value, Tensor) else value
-            for name, value in state["oracle"].items()
+            for name, value in state.get("oracle", {}).items()
         }
 
     def state_dict(self) -> dict[str, Any]:

@@ -16,7 +16,7 @@ __all__ = ["COPY_KEY", "STATE_KEY", "STATE_VERSION", "check_saved_state", "witho
 STATE_KEY = "curvature"
 # Of its copy in the first group; "curvature" is a hyper-parameter there.
 COPY_KEY = "curvature_state"
-STATE_VERSION = 1
+STATE_VERSION = 2
 
 
 def without_copies(saved: dict[str, Any]) -> dict[str, Any]:
@@ -96,9 +96,7 @@ def check_saved_state(
 
 
 def _check_own(own: dict[str, Any], name: str) -> None:
-    missing = [
-        key for key in ("version", "optimizer", "steps_done", "scalars", "oracle") if key not in own
-    ]
+    missing = [key for key in ("version", "optimizer", "steps_done", "scalars") if key not in own]
     if missing:
         raise ValueError(f"Cannot load a truncated state into {name}: no {missing}.")
     where = f"Cannot load the state into {name}"
@@ -116,7 +114,9 @@ def _check_own(own: dict[str, Any], name: str) -> None:
         raise ValueError(f"{where}: 'scalars' must be a dict, got {_short(scalars)}.")
     for key, value in scalars.items():
         _check_tensor(f"{where}: scalar '{key}'", value, ())
-    _check_oracle(where, own["oracle"])
+    if version > 1 and "oracle" not in own:  # version 1 had none
+        raise ValueError(f"Cannot load a truncated state into {name}: no ['oracle'].")
+    _check_oracle(where, own.get("oracle", {}))
 
 
 def _check_oracle(where: str, state: Any) -> None:

@@ -152,6 +152,8 @@ def _cross_entropy(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionS
         normalizer = of_label.sum()
         spread = smoothing / num_classes * weight.sum()
         mass = torch.where(valid, (1 - smoothing) * of_label + spread, 0.0)
+    # Without any target the loss is 0/0, but its gradient in torch is 0: so is its curvature.
+    normalizer = torch.where(valid.any(), normalizer, torch.ones_like(normalizer))
     return _reduced(mass * variance, c, reduction, normalizer)
 
 

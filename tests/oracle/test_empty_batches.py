@@ -70,3 +70,23 @@ def test_a_loss_that_never_is_captured_is_an_error() -> None:
     with pytest.raises(NoLossCapturedError, match=r"^The curvature of the loss is unknown"):
         loop.step(x, torch.full_like(y, IGNORED))
     assert torch.equal(loop.theta(), before)
+
+
+@pytest.mark.parametrize("weight", [None, torch.tensor([1.0, 2.0, 0.5, 1.0], dtype=torch.float64)])
+@pytest.mark.parametrize("directional", ["fd", "jvp"])
+def test_a_loss_of_nothing_but_ignored_targets(weight: Tensor | None, directional: str) -> None:
+    """In torch it has NaN as its value and zero as its gradient: nothing is to be descended."""
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        return F.cross_entropy(logits, target, weight)
+
+    loop = Loop(network(), AdamQLR, loss, directional=directional)
+    batches = classification(4)
+    loop.train(batches[:2])
+    before = loop.theta()
+    x, y = batches[2]
+    assert math.isnan(loop.step(x, torch.full_like(y, IGNORED)))
+    assert loop.stat("curvature") == 0.0
+    assert torch.equal(loop.theta(), before)
+    loop.train(batches[3:])
+    assert loop.is_finite()
