@@ -3,12 +3,41 @@
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from tests.helpers.compatibility import CompatibilityPlugin, make_refused
+from tests.helpers.ranks import RankPool
+
 ROOT = Path(__file__).resolve().parents[1]
+WRITE = "--write-compatibility"
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add the option that writes docs/compatibility.md."""
+    parser.addoption(WRITE, action="store_true", help="write docs/compatibility.md")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Collect what the tests show of features and optimizers."""
+    plugin = CompatibilityPlugin(config, ROOT / "docs" / "compatibility.md", ROOT / "tests")
+    config.pluginmanager.register(plugin, "compatibility")
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    """Write docs/compatibility.md if asked to."""
+    plugin = config.pluginmanager.get_plugin("compatibility")
+    if config.getoption(WRITE) and isinstance(plugin, CompatibilityPlugin):
+        terminalreporter.write_line(plugin.write())
+
+
+@pytest.fixture
+def refused(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Call it with the message where a test marked ``feature`` shows a refusal."""
+    return make_refused(request)
 
 
 @pytest.fixture(scope="session")
@@ -48,3 +77,11 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def ranks() -> Iterator[RankPool]:
+    """Two processes that run functions for the tests; they start when first needed."""
+    pool = RankPool()
+    yield pool
+    pool.close()

@@ -1,0 +1,235 @@
+"""The compatibility table: tests marked ``feature`` show what works, docs/compatibility.md says so.
+
+A row of the table is a feature, a column an optimizer, and a cell what the tests of that feature
+showed for that optimizer. ``pytest tests --write-compatibility`` writes the page.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lightning_curvature import list_optimizers
+
+GROUPS = (
+    "Distributed",
+    "Accumulation and clipping",
+    "Precision",
+    "Resume",
+    "Trainer features",
+    "Callbacks",
+    "Models",
+    "Faults",
+    "Other strategies",
+)
+WORKS, UNCHECKED, FAILED = "works", "unchecked", "fails"
+TEST = "test_compatibility.py"
+
+HEADER = """\
+# Compatibility
+
+What each optimizer does with each feature of Lightning and torch, as the test suite shows it.
+`pytest tests --write-compatibility` generates this page; a test compares it with every run.
+
+- **works**: a test uses the feature, and training goes on as it must.
+- **refused**: the optimizer stops before it can do harm; the message is given.
+- **unchecked**: there is a test, but not on the machine that generated this page.
+"""
+
+# (group, title, optimizer), and (group, title) -> optimizer -> outcome.
+Key = tuple[str, str, str]
+Rows = dict[tuple[str, str], dict[str, str]]
+
+
+class Outcomes:
+    """Outcomes of the tests of one session, by feature and optimizer."""
+
+    def __init__(self) -> None:
+        self._seen: dict[Key, list[str]] = {}
+
+    def add(self, key: Key, outcome: str) -> None:
+        """Note what one test showed."""
+        self._seen.setdefault(key, []).append(outcome)
+
+    def cells(self) -> dict[Key, str]:
+        """Return one outcome per feature and optimizer."""
+        return {key: combined(outcomes) for key, outcomes in self._seen.items()}
+
+
+def combined(outcomes: Iterable[str]) -> str:
+    """Join what several tests of a feature showed: one failure spoils it, a skip does not."""
+    different = sorted(set(outcomes) - {UNCHECKED})
+    if FAILED in different:
+        return FAILED
+    if WORKS in different:  # first what works, then what is refused
+        different = [WORKS, *(outcome for outcome in different if outcome != WORKS)]
+    return "; ".join(different) or UNCHECKED
+
+
+def rows_of(cells: Mapping[Key, str]) -> Rows:
+    """Arrange outcomes in rows."""
+    rows: Rows = {}
+    for (group, title, optimizer), outcome in cells.items():
+        rows.setdefault((group, title), {})[optimizer] = outcome
+    return rows
+
+
+def render(rows: Rows) -> str:
+    """Write the page."""
+    optimizers = [info.cls.__name__ for info in list_optimizers()]
+    text = [HEADER]
+    for group in GROUPS:
+        titles = sorted((title for g, title in rows if g == group), key=str.lower)
+        if not titles:
+            continue
+        text += [f"## {group}\n", _line("Feature", *optimizers)]
+        text.append(_line(*["---"] * (1 + len(optimizers))))
+        for title in titles:
+            row = rows[group, title]
+            text.append(_line(title, *(row.get(optimizer, UNCHECKED) for optimizer in optimizers)))
+        text.append("")
+    return "\n".join(text).rstrip() + "\n"
+
+
+def parse(text: str) -> Rows:
+    """Read what `render` wrote."""
+    rows: Rows = {}
+    group, optimizers = "", [""]
+    for line in text.splitlines():
+        if line.startswith("## "):
+            group = line.removeprefix("## ")
+        elif line.startswith("| ---"):
+            continue
+        elif line.startswith("| "):
+            first, *cells = _cells(line)
+            if first == "Feature":
+                optimizers = cells
+            else:
+                rows[group, first] = dict(zip(optimizers, cells, strict=True))
+    return rows
+
+
+def _line(*cells: str) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def _cells(line: str) -> list[str]:
+    inside = line.strip().removeprefix("| ").removesuffix(" |")
+    return [cell.replace("\\|", "|") for cell in inside.split(" | ")]
+
+
+def differences(page: Rows, found: Mapping[Key, str], *, whole: bool) -> list[str]:
+    """List where a page is not what a session showed.
+
+    Args:
+        page: Rows of the page.
+        found: Outcomes of the session. What it could not check contradicts nothing.
+        whole: Whether all tests ran: rows of the page that no test shows are then out of date.
+    """
+    lines = []
+    for (group, title, optimizer), outcome in sorted(found.items()):
+        if outcome == FAILED:  # that test says so itself
+            continue
+        written = page.get((group, title), {}).get(optimizer, "no row")
+        if outcome != written and (outcome != UNCHECKED or written == "no row"):
+            lines.append(f"{group} / {title} / {optimizer}: page {written!r}, tests {outcome!r}")
+    if whole:
+        gone = page.keys() - {key[:2] for key in found}
+        lines += [f"{group} / {title}: on the page, but no test" for group, title in sorted(gone)]
+    return lines
+
+
+class CompatibilityPlugin:
+    """Collects the outcomes of a pytest session, and writes the page if asked to.
+
+    Args:
+        config: The session's.
+        page: Path of the page.
+        tests: Folder of the tests.
+    """
+
+    def __init__(self, config: pytest.Config, page: Path, tests: Path) -> None:
+        self.page = page
+        self.tests = tests
+        self.outcomes = Outcomes()
+        self._keys: dict[str, list[Key]] = {}
+        self._reported: set[str] = set()
+        self._complete = not any("::" in arg for arg in config.args)
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether every test marked ``feature`` was collected and has run."""
+        return self._complete and self._keys.keys() <= self._reported
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        """Let the comparison run last."""
+        items.sort(key=lambda item: item.path.name == TEST)
+
+    def pytest_deselected(self, items: list[pytest.Item]) -> None:
+        """Note that not everything runs."""
+        self._complete = False
+
+    def pytest_collection_finish(self, session: pytest.Session) -> None:
+        """Learn which test shows what."""
+        self._keys = {item.nodeid: keys for item in session.items if (keys := _keys_of(item))}
+        collected = {item.path for item in session.items}
+        if not set(self.tests.rglob("test_*.py")) <= collected:
+            self._complete = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Note an outcome."""
+        keys = self._keys.get(report.nodeid)
+        if keys is None or (report.when != "call" and report.passed):
+            return
+        self._reported.add(report.nodeid)
+        refusals = [value for name, value in report.user_properties if name == "refused"]
+        if report.passed:
+            outcomes = [f"refused: {message}" for message in refusals] or [WORKS]
+        else:
+            outcomes = [FAILED if report.failed else UNCHECKED]
+        for key in keys:
+            for outcome in outcomes:
+                self.outcomes.add(key, outcome)
+
+    def write(self) -> str:
+        """Write the page and return what was done; outcomes of a part go into the page there is."""
+        cells = self.outcomes.cells()
+        failed = sorted("/".join(key) for key, outcome in cells.items() if outcome == FAILED)
+        if failed:
+            return f"{self.page.name} not written, because of failures: {', '.join(failed)}"
+        rows = rows_of(cells)
+        if not self.is_whole and self.page.exists():
+            before = parse(self.page.read_text(encoding="utf-8"))
+            rows = {key: before.get(key, {}) | rows.get(key, {}) for key in before | rows}
+        self.page.write_text(render(rows), encoding="utf-8")
+        return f"{self.page.name} written: {len(rows)} features" + (
+            "" if self.is_whole else " (some of them as they were: not all tests ran)"
+        )
+
+
+def _keys_of(item: pytest.Item) -> list[Key]:
+    marks = list(item.iter_markers("feature"))
+    if not marks:
+        return []
+    callspec = getattr(item, "callspec", None)
+    contract: Any = None if callspec is None else callspec.params.get("contract")
+    if contract is None:
+        raise pytest.UsageError(f"{item.nodeid}: a feature is shown with @every_optimizer.")
+    for mark in marks:
+        if len(mark.args) != 2 or mark.args[0] not in GROUPS:
+            raise pytest.UsageError(
+                f"{item.nodeid}: invalid feature{mark.args}: must be a group, one of {GROUPS}, "
+                "and a title."
+            )
+    return [(*mark.args, contract.info.cls.__name__) for mark in marks]
+
+
+def make_refused(request: pytest.FixtureRequest) -> Callable[[str], None]:
+    """Return the function that turns the outcome of a test into "refused"."""
+
+    def refused(message: str) -> None:
+        request.node.user_properties.append(("refused", " ".join(message.split())))
+
+    return refused
