@@ -427,8 +427,10 @@ class WindowOracle(Oracle):
 
 
 def _is_out_of_memory(error: Exception) -> bool:
-    # The allocator of the CPU raises an ordinary RuntimeError.
-    return isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+    # The allocator of the CPU, drivers and libraries raise an ordinary RuntimeError.
+    text = str(error)
+    plain = "can't allocate memory" in text or "out of memory" in text
+    return plain or isinstance(error, torch.OutOfMemoryError)
 
 
 def _close(one: float, other: float) -> bool:

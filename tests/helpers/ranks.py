@@ -26,6 +26,8 @@ from typing import Any
 WORLD_SIZE = 2
 # After one rank has failed, the others are given this long to end by themselves.
 GRACE = 10.0
+# Seconds for the processes to start, on a busy machine.
+STARTING = 240.0
 
 
 def world() -> tuple[int, int]:
@@ -79,6 +81,10 @@ class RankPool:
         """
         if not self._ranks:
             self._start()
+            self._call(STARTING, _nothing, (), {})
+        return self._call(timeout, function, args, kwargs)
+
+    def _call(self, timeout: float, function: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         for rank in self._ranks:
             # Not `send`, which would share the memory of tensors instead of copying it.
             rank.connection.send_bytes(pickle.dumps((function, args, kwargs)))
@@ -178,6 +184,10 @@ def _serve(rank: int, world_size: int, folder: Path, connection: Connection) -> 
         except EOFError:
             return
         connection.send_bytes(_answer(call))
+
+
+def _nothing() -> None:
+    """Wait until the process is there."""
 
 
 def _answer(call: bytes) -> bytes:
