@@ -3,6 +3,7 @@
 import re
 import warnings
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -209,8 +210,14 @@ def test_a_step_without_any_gradient_changes_nothing(contract: Contract) -> None
 
 
 @every_optimizer
-@pytest.mark.parametrize("kind", ["complex", "sparse"])
-def test_unsupported_tensors_are_refused(contract: Contract, kind: str) -> None:
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param("complex", marks=pytest.mark.feature("Models", "complex parameters")),
+        pytest.param("sparse", marks=pytest.mark.feature("Models", "sparse gradients")),
+    ],
+)
+def test_unsupported_tensors_are_refused(contract: Contract, kind: str, refused: Any) -> None:
     name = contract.info.cls.__name__
     if kind == "complex":
         parameter = nn.Parameter(torch.ones(2, dtype=torch.complex64))
@@ -220,6 +227,7 @@ def test_unsupported_tensors_are_refused(contract: Contract, kind: str) -> None:
         with pytest.raises(TypeError, match=f"^{name} does not support complex parameters.$"):
             optimizer.add_param_group({"params": [parameter]})
         assert len(optimizer.param_groups) == 1
+        refused(f"{name} does not support complex parameters.")
         return
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
     loop = Loop(model, contract.make, directional="auto")
@@ -227,6 +235,7 @@ def test_unsupported_tensors_are_refused(contract: Contract, kind: str) -> None:
     with pytest.raises(RuntimeError, match=f"^{name} does not support sparse gradients.$"):
         loop.step(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))
     assert torch.equal(loop.theta(), before)
+    refused(f"{name} does not support sparse gradients.")
 
 
 # Gradients and shapes

@@ -84,6 +84,7 @@ def test_trains_a_network_with_batch_norm_and_dropout(contract: Contract) -> Non
 
 
 @every_optimizer
+@pytest.mark.feature("Trainer features", "learning-rate scheduler, per step")
 def test_a_scheduler_in_the_module(contract: Contract) -> None:
     class Scheduled(StockModule):
         def configure_optimizers(self) -> Any:
@@ -131,6 +132,7 @@ class Manual(StockModule):
 
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.feature("Models", "manual optimization with a closure")
 def test_manual_optimization_with_a_closure(contract: Contract, route: str) -> None:
     seed_everything(1)
     network = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
@@ -148,7 +150,8 @@ def test_manual_optimization_with_a_closure(contract: Contract, route: str) -> N
 
 
 @every_optimizer
-def test_manual_optimization_without_a_closure(contract: Contract) -> None:
+@pytest.mark.feature("Models", "manual optimization without a closure")
+def test_manual_optimization_without_a_closure(contract: Contract, refused: Any) -> None:
     """The loss cannot be evaluated again, and the message says what to do."""
     if not contract.info.asks:
         pytest.skip("asks nothing")
@@ -168,10 +171,12 @@ def test_manual_optimization_without_a_closure(contract: Contract) -> None:
     )
     with pytest.raises(MissingCapabilityError, match=f"^{re.escape(text)}$"):
         fit(module, "strategy")
+    refused(text)
 
 
 @every_optimizer
-def test_nobody_attached(contract: Contract, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.feature("Other strategies", "a Trainer to which nothing is attached")
+def test_nobody_attached(contract: Contract, monkeypatch: pytest.MonkeyPatch, refused: Any) -> None:
     """Lightning's own closure is not mistaken for one that can be called again."""
     if not contract.info.asks:
         pytest.skip("asks nothing")
@@ -182,6 +187,7 @@ def test_nobody_attached(contract: Contract, monkeypatch: pytest.MonkeyPatch) ->
         fit(module, "none")
     for p, old in zip(module.parameters(), before, strict=True):
         assert torch.equal(p, old)
+    refused(f"{contract.info.cls.__name__} has no curvature oracle.")
 
 
 @every_optimizer
