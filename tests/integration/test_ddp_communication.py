@@ -1,0 +1,157 @@
+"""What the ranks send each other for an optimizer's questions, besides what DDP sends anyway."""
+
+import inspect
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from typing_extensions import override
+
+from tests.helpers.modules import MakeOptimizer, mlp_module, vectors
+from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.probing import make_trainer, the_optimizer
+from tests.helpers.ranks import RankPool
+from tests.helpers.two_ranks import shared_loader
+
+pytestmark = pytest.mark.ddp
+
+STEPS = 6
+BATCH = 8
+ROUTES = {"strategy": "ddp_curvature", "auto": "ddp"}
+MAX_COLLECTIVES, MAX_BYTES = 2, 100
+
+Collective = tuple[str, int]  # name, bytes
+
+
+class Listening(TorchDispatchMode):
+    """Hears the collectives of this process, also those that DDP starts in C++."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.heard: list[Collective] = []
+
+    @override
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
+    ) -> Any:
+        if func.namespace == "c10d":
+            tensors = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+            size = sum(x.numel() * x.element_size() for x in tensors)
+            self.heard.append((func.name(), size))
+        return func(*args, **(kwargs or {}))
+
+
+@dataclass
+class Step:
+    """What was sent in one optimizer step, and whether the optimizer announced a question."""
+
+    sent: Counter[Collective]
+    asked: bool
+
+
+class Steps(Callback):
+    """Cuts what is heard into optimizer steps."""
+
+    def __init__(self, listening: Listening) -> None:
+        self.listening = listening
+        self.steps: list[Step] = []
+        self._asked = False
+
+    @override
+    def on_train_start(self, trainer: Trainer, module: LightningModule) -> None:
+        """Forget what the set-up sent."""
+        self.listening.heard.clear()
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        """Note whether the coming step will ask."""
+        optimizer = the_optimizer(module)
+        self._asked = bool(getattr(optimizer, "asks", ())) and optimizer.wants_record()
+
+    @override
+    def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
+        """End a step where one was taken."""
+        if trainer.global_step > len(self.steps):
+            self.steps.append(Step(Counter(self.listening.heard), self._asked))
+            self.listening.heard.clear()
+
+
+def listen(make_optimizer: MakeOptimizer, strategy: str, accumulate: int) -> list[Step]:
+    """Train and return what this rank took part in, step by step."""
+    with Listening() as listening:
+        steps = Steps(listening)
+        trainer = make_trainer(
+            "none",
+            devices=2,
+            strategy=strategy,
+            callbacks=[steps],
+            accumulate_grad_batches=accumulate,
+            use_distributed_sampler=False,
+        )
+        torch.manual_seed(0)
+        module = mlp_module(make_optimizer)
+        data = vectors(STEPS * accumulate * BATCH)
+        trainer.fit(module, shared_loader(data, BATCH))
+    return steps.steps
+
+
+def beyond_ddp(
+    ranks: RankPool, make_optimizer: MakeOptimizer, route: str, accumulate: int = 1
+) -> list[tuple[list[Collective], bool]]:
+    """Return what each step sent that AdamW's did not, the same on both ranks, and who asked."""
+    own, other = ranks.run(listen, make_optimizer, ROUTES[route], accumulate)
+    assert own == other
+    plain, _ = ranks.run(listen, torch.optim.AdamW, "ddp", accumulate)
+    assert len(own) == len(plain) == STEPS
+    assert all(sum(step.sent.values()) >= 1 for step in plain), "the gradient was not heard"
+    found = []
+    for step, rival in zip(own, plain, strict=True):
+        assert not rival.sent - step.sent
+        found.append((list((step.sent - rival.sent).elements()), step.asked))
+    return found
+
+
+def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> None:
+    """Assert that steps send little where they ask, and nothing where they do not."""
+    for number, (sent, asked) in enumerate(steps):
+        assert asked or not sent
+        assert all(name == "c10d::allreduce_" for name, _ in sent)
+        if contract.info.asks <= {"loss", "directional"}:
+            # Before the first answer the ranks agree once whether a loss function was seen.
+            assert len(sent) <= MAX_COLLECTIVES + (number == 0)
+            assert sum(size for _, size in sent) < MAX_BYTES
+    assert any(asked for _, asked in steps) == bool(contract.info.asks)
+    assert any(sent for sent, _ in steps) == bool(contract.info.asks)
+
+
+@every_optimizer
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.feature("Distributed", "Communication: 2 collectives, under 100 bytes per step")
+def test_questions_cost_two_small_collectives(
+    contract: Contract, route: str, ranks: RankPool
+) -> None:
+    check(beyond_ddp(ranks, contract.making(), route), contract)
+
+
+@every_optimizer
+@pytest.mark.feature("Distributed", "Communication: 2 collectives, under 100 bytes per step")
+def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None:
+    check(beyond_ddp(ranks, contract.making(), "strategy", accumulate=3), contract)
+
+
+@every_optimizer
+@pytest.mark.feature("Distributed", "Communication: none on steps that ask nothing")
+def test_steps_that_ask_nothing_send_nothing(contract: Contract, ranks: RankPool) -> None:
+    arguments = inspect.signature(contract.info.cls).parameters
+    intervals = {name: 3 for name in arguments if name.endswith("_update_interval")}
+    steps = beyond_ddp(ranks, contract.making(**intervals), "strategy")
+    check(steps, contract)
+    if intervals:
+        assert [asked for _, asked in steps] == [True, False, False] * (STEPS // 3)
