@@ -18,7 +18,7 @@ import os
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
@@ -162,6 +162,8 @@ class StepTimer(pl.Callback):
     @override
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """Start the clock."""
+        if trainer.world_size > 1:
+            torch.distributed.barrier()
         _synchronize(trainer)
         self._start = self._clock()
 
@@ -191,6 +193,7 @@ class Setting:
         clock: "wall" or "cpu".
         seed: Seed of weights and data.
         threads: Threads of torch.
+        devices: Number of processes, all of which run this.
     """
 
     rounds: int
@@ -201,6 +204,7 @@ class Setting:
     clock: str = "wall"
     seed: int = 0
     threads: int = 1
+    devices: int = 1
 
 
 def train(
@@ -230,8 +234,9 @@ def train(
         steps = (setting.warmup + setting.cycles) * CYCLE
         trainer = pl.Trainer(
             accelerator="gpu" if setting.device == "cuda" else "cpu",
-            devices=1,
+            devices=setting.devices,
             strategy=variant.strategy,
+            use_distributed_sampler=False,
             max_epochs=1,
             callbacks=[timer],
             logger=False,
@@ -250,39 +255,49 @@ def train(
         relay.hand_over(turn, leaves=True)
 
 
-def measure(workload: Workload, setting: Setting) -> dict[str, list[float]]:
+def measure(
+    workload: Workload, setting: Setting, variants: Mapping[str, Variant] = VARIANTS
+) -> dict[str, list[float]]:
     """Return the mean seconds per step of every variant in every cycle of all rounds.
 
     Args:
         workload: What to train.
         setting: How to measure.
+        variants: What to train it with.
     """
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     for _ in range(setting.rounds):
-        relay = Relay(len(VARIANTS))
-        with ThreadPoolExecutor(len(VARIANTS)) as pool:
+        relay = Relay(len(variants))
+        with ThreadPoolExecutor(len(variants)) as pool:
             runs = {
                 name: pool.submit(train, workload, variant, setting, relay, turn)
-                for turn, (name, variant) in enumerate(VARIANTS.items())
+                for turn, (name, variant) in enumerate(variants.items())
             }
         for name, run in runs.items():
             seconds[name] += run.result()
     return seconds
 
 
-def summarize(name: str, seconds: dict[str, list[float]]) -> tuple[str, list[Measurement]]:
+def summarize(
+    name: str,
+    seconds: dict[str, list[float]],
+    variants: Mapping[str, Variant] = VARIANTS,
+    benchmark: str = "step_time",
+) -> tuple[str, list[Measurement]]:
     """Return the table of a workload and its measurements.
 
     Args:
         name: Name of the workload.
         seconds: Mean seconds per step, by variant and cycle.
+        variants: What was measured.
+        benchmark: Name of the script.
     """
     rows, measurements = [], []
     for variant, own in seconds.items():
         ratios = sorted(a / b for a, b in zip(own, seconds[RIVAL], strict=True))
         ratio = statistics.median(ratios)
         quarter = len(ratios) // 4
-        goal = VARIANTS[variant].goal(name)
+        goal = variants[variant].goal(name)
         limit = float("nan") if goal is None else goal
         rows.append(
             [
@@ -296,7 +311,7 @@ def summarize(name: str, seconds: dict[str, list[float]]) -> tuple[str, list[Mea
         )
         measurements.append(
             Measurement(
-                "step_time",
+                benchmark,
                 WORKLOADS[name].description,
                 variant,
                 "seconds per step",

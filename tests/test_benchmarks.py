@@ -3,6 +3,7 @@
 import csv
 import importlib
 import logging
+import re
 import struct
 import sys
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("paper_tasks", "step_time", "memory")
+SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
 
@@ -136,6 +137,48 @@ def test_step_time(
     assert [row["optimizer"] for row in found] == list(script.VARIANTS)
     assert all(float(row["value"]) > 0 for row in found)
     assert float(found[0]["ratio"]) == 1.0
+
+
+@pytest.mark.ddp
+def test_ddp(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("ddp")
+    arguments = ["--workloads", "conv", "--rounds", "1", "--cycles", "1", "--batch-size", "2"]
+    script.main([*arguments, "--csv", str(tmp_path / "out.csv")])
+    assert "### Communication" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out.csv")
+    sent = {
+        (row["optimizer"], row["metric"].split()[0]): float(row["value"])
+        for row in found
+        if "beyond" in row["metric"]
+    }
+    everything = "AdamQLR, everything every step"
+    assert sent[script.RIVAL, "collectives"] == sent[script.RIVAL, "bytes"] == 0
+    assert sent[everything, "collectives"] == 2
+    assert 0 < sent[everything, "bytes"] < 100
+    times = [row for row in found if row["metric"] == "seconds per step"]
+    assert [row["optimizer"] for row in times] == list(script.VARIANTS)
+    assert all(float(row["value"]) > 0 for row in times)
+
+
+def test_ddp_subtracts_the_rival(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("ddp")
+    rival = [("all_reduce", 8), ("broadcast", 8)]
+    assert script.beyond(rival, [*rival, ("all_reduce", 8)]) == [("all_reduce", 8)]
+    assert script.beyond(rival, rival) == []
+
+    def rank(*sizes: int) -> object:
+        steps = [[["all_reduce", size] for size in (400, *sizes)]] * 20
+        return script.Found({script.RIVAL: [[["all_reduce", 400]]] * 20, "other": steps}, {})
+
+    table, measurements = script.summarize_communication([rank(60, 4), rank(60, 4)])
+    assert re.search(r"\| other +\| +2 \| +64 \| +2.0 \| +64.0 \| +2, 64 \| pass \|", table)
+    assert [m.value for m in measurements] == [0, 0, 2, 64]
+    assert "FAIL" in script.summarize_communication([rank(60, 60), rank(60, 60)])[0]
+    assert "FAIL" in script.summarize_communication([rank(4, 4, 4), rank(4, 4, 4)])[0]
+    with pytest.raises(RuntimeError, match="other: the ranks sent different things"):
+        script.summarize_communication([rank(4), rank(8)])
 
 
 def test_memory(

@@ -2,8 +2,12 @@
 
 import csv
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,6 +25,7 @@ FRAGMENTS = sorted(
 )
 RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipes/*.yaml"))
 DIGITS = "recipes/digits_adamqlr.yaml"
+DIGITS_DDP = "recipes/digits_adamqlr_ddp.yaml"
 
 TARGET_ACCURACY = 0.96
 COLUMNS = {
@@ -91,7 +96,7 @@ def load(name: str) -> dict[str, Any]:
 def test_every_kind_is_there() -> None:
     kinds = {Path(name).parent.name for name in FRAGMENTS}
     assert kinds == {"callbacks", "optimizer", "strategy"}
-    assert DIGITS in RECIPES
+    assert {DIGITS, DIGITS_DDP} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
@@ -142,22 +147,79 @@ def test_recipe_trains_two_batches_and_tests(
     fit(name)
 
 
+def test_two_processes_take_the_steps_of_one() -> None:
+    """The recipes differ in the processes, and in nothing else that changes the steps."""
+    one, two = load(DIGITS), load(DIGITS_DDP)
+    assert two["trainer"].pop("devices") == 2
+    assert two["trainer"].pop("strategy") == "ddp_curvature"
+    assert 2 * two["data"]["init_args"].pop("batch_size") == one["data"]["init_args"]["batch_size"]
+    for logger in two["trainer"]["logger"]:
+        logger["init_args"]["save_dir"] = logger["init_args"]["save_dir"].removesuffix("_ddp")
+    del one["data"]["init_args"]["batch_size"]
+    del one["trainer"]["devices"], one["trainer"]["strategy"]
+    assert one == two
+
+
 @pytest.mark.slow
-def test_digits_recipe_reaches_its_accuracy(run_python: Callable[..., Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [DIGITS, pytest.param(DIGITS_DDP, marks=pytest.mark.ddp)])
+def test_digits_recipe_reaches_its_accuracy(
+    name: str, run_python: Callable[..., Any], tmp_path: Path
+) -> None:
     process = run_python(
-        ["-m", "lightning_curvature", "fit", "-c", CONFIGS / DIGITS], env={"COLUMNS": "120"}
+        ["-m", "lightning_curvature", "fit", "-c", CONFIGS / name], env={"COLUMNS": "120"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    accuracy = re.search(r"test_acc\D+([0-9.]+)", process.stdout)
-    assert accuracy is not None, process.stdout
-    assert float(accuracy[1]) >= TARGET_ACCURACY
+    assert "Warning: AdamQLR" not in process.stderr
+    # Of two processes the first alone prints and writes.
+    (accuracy,) = re.findall(r"test_acc\D+([0-9.]+)", process.stdout)
+    assert float(accuracy) >= TARGET_ACCURACY
 
     (table,) = tmp_path.rglob("metrics.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert set(rows[0]) >= COLUMNS
     losses = [float(row["curvature/loss"]) for row in rows if row["curvature/loss"]]
+    assert len(losses) == 200
     assert losses[-1] < 0.1 * losses[0]
     (picture,) = tmp_path.rglob("curvature.png")
     assert picture.parent == table.parent
     assert list(tmp_path.rglob("events.out.tfevents.*"))
+
+
+@pytest.mark.slow
+@pytest.mark.ddp
+def test_an_interrupt_ends_both_processes(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "lightning_curvature", "fit", "-c", str(CONFIGS / DIGITS_DDP)]
+    with (tmp_path / "log.txt").open("w+") as log:
+        # A session of its own is a process group of its own: what a terminal interrupts.
+        process = subprocess.Popen(
+            [*command, "--trainer.max_epochs=100000"],
+            env={**os.environ, "PYTHONPATH": str(CONFIGS.parent)},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+        try:
+            deadline = time.monotonic() + 120
+            while not list(tmp_path.rglob("metrics.csv")):
+                assert process.poll() is None, (tmp_path / "log.txt").read_text()
+                assert time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
+                time.sleep(0.2)
+            os.killpg(process.pid, signal.SIGINT)
+            assert process.wait(timeout=60) == 1
+            while _is_alive(process.pid):
+                assert time.monotonic() < deadline, "the second process goes on"
+                time.sleep(0.2)
+        finally:
+            if _is_alive(process.pid):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _is_alive(group: int) -> bool:
+    """Tell whether any process of a group is there."""
+    try:
+        os.killpg(group, 0)
+    except ProcessLookupError:
+        return False
+    return True

@@ -1,4 +1,4 @@
-"""Arrows between the rooms of the package point down only (see ``docs/concepts.md``)."""
+"""Arrows between the rooms of the package point down only (see ``docs/concepts/index.md``)."""
 
 import ast
 import importlib.util
