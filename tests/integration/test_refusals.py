@@ -4,81 +4,36 @@ Files under test: strategies/refusals.py, strategies/recorder.py, optim/base.py,
 """
 
 from collections.abc import Callable
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
 from lightning.pytorch.plugins import MixedPrecision
-from lightning.pytorch.strategies import (
-    DeepSpeedStrategy,
-    FSDPStrategy,
-    ModelParallelStrategy,
-    XLAStrategy,
-)
 from torch import Tensor, nn
 from torch.overrides import _len_torch_function_stack
 from torch.utils.data import DataLoader, Dataset
 
-from lightning_curvature import SGDQLR, AdamQLR, CurvatureCallback, declare_loss
+from lightning_curvature import CurvatureCallback, declare_loss
+from lightning_curvature.oracle import MissingCapabilityError, NoLossCapturedError
 from tests.helpers.dense import DenseModel, Head, flatten, quadratic
 from tests.helpers.modules import StockModule, loader, mlp_module, norm_dropout_module, vectors
-from tests.helpers.probing import ROUTES, Probe, make_trainer, parameters_and_buffers
+from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.probing import (
+    ROUTES,
+    Probe,
+    assert_bitwise,
+    make_trainer,
+    parameters_and_buffers,
+)
 
-SHARDED = [FSDPStrategy, ModelParallelStrategy, DeepSpeedStrategy, XLAStrategy]
 ATTACHED = ("strategy", "callback")
-
-
-class Ran(AssertionError):
-    """A batch was reached although the run should have been refused before."""
-
-
-class NeverStarts(StockModule):
-    """Module whose first batch must never come."""
-
-    def training_step(self, batch: Any, batch_idx: int) -> Any:
-        raise Ran
 
 
 def _network() -> nn.Sequential:
     return nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
-
-
-def pretend(trainer: Trainer, sharded: type) -> None:
-    """Let the single-device strategy pass for an instance of a sharded class, as mocks do."""
-
-    class Pretender(type(trainer.strategy)):
-        distributed_sampler_kwargs: ClassVar = {"num_replicas": 1, "rank": 0}
-        parallel_devices: ClassVar = [torch.device("cpu")]
-
-        @property
-        def __class__(self) -> type:
-            return sharded
-
-    trainer.strategy.__class__ = Pretender
-    assert isinstance(trainer.strategy, sharded)
-
-
-@pytest.mark.parametrize("route", ["callback", "auto"])
-@pytest.mark.parametrize("sharded", SHARDED, ids=lambda cls: cls.__name__)
-def test_sharded_strategies_are_refused(sharded: type, route: str) -> None:
-    """FSDP and its kind: before the first batch, naming the alternatives."""
-    trainer = make_trainer(route)
-    pretend(trainer, sharded)
-    with pytest.raises(Exception, match="needs whole parameters on every rank") as refusal:
-        trainer.fit(NeverStarts(_network(), AdamQLR), loader(vectors()))
-    assert not isinstance(refusal.value, Ran)
-    assert "AdamQLR" in str(refusal.value)
-    assert "ddp_curvature" in str(refusal.value)
-
-
-def test_sharded_strategies_are_none_of_our_business_with_other_optimizers() -> None:
-    """The entry point is in every environment: a plain optimizer must not notice it."""
-    trainer = make_trainer("auto")
-    pretend(trainer, FSDPStrategy)
-    with pytest.raises(Ran):
-        trainer.fit(NeverStarts(_network(), torch.optim.AdamW), loader(vectors()))
 
 
 class IteratorModule(StockModule):
@@ -89,15 +44,22 @@ class IteratorModule(StockModule):
         return F.cross_entropy(self(x), y)
 
 
+@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
+@every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-def test_dataloader_iter_is_refused(route: str) -> None:
+@pytest.mark.feature("Trainer features", "training_step(dataloader_iter)")
+def test_dataloader_iter(contract: Contract, route: str, refused: Callable[[str], None]) -> None:
     """An extra pass would silently eat batches."""
-    module = IteratorModule(_network(), AdamQLR)
+    module = IteratorModule(_network(), contract.make)
     before = parameters_and_buffers(module)
-    with pytest.raises(Exception, match="dataloader_iter"):
+    if not contract.info.asks:
         make_trainer(route).fit(module, loader(vectors()))
-    after = parameters_and_buffers(module)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+        return
+    text = f"^{contract.info.cls.__name__} runs training_step again on the same batch, but"
+    with pytest.raises(MisconfigurationException, match=text):
+        make_trainer(route).fit(module, loader(vectors()))
+    assert_bitwise(parameters_and_buffers(module), before)
+    refused("runs training_step again on the same batch")
 
 
 class ManualModule(StockModule):
@@ -127,33 +89,23 @@ class ManualModule(StockModule):
             optimizer.step()
 
 
+@every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-def test_manual_optimization_without_closure_is_refused(route: str) -> None:
+@pytest.mark.feature("Trainer features", "Manual optimization without a closure")
+def test_manual_optimization_without_closure(
+    contract: Contract, route: str, refused: Callable[[str], None]
+) -> None:
     """`training_step` cannot be run again, because it would step again."""
-    module = ManualModule(_network(), AdamQLR, with_closure=False)
+    module = ManualModule(_network(), contract.make, with_closure=False)
     before = parameters_and_buffers(module)
-    with pytest.raises(Exception, match="closure"):
+    if not contract.info.asks:
         make_trainer(route).fit(module, loader(vectors()))
-    after = parameters_and_buffers(module)
-    assert all(torch.equal(after[name], before[name]) for name in before)
+        return
+    with pytest.raises(MissingCapabilityError, match="a loop without a closure does not allow"):
+        make_trainer(route).fit(module, loader(vectors()))
+    assert_bitwise(parameters_and_buffers(module), before)
     assert _len_torch_function_stack() == 0
-
-
-# Depending on the route the closure is all there is to ask, which is said once.
-@pytest.mark.filterwarnings("ignore:.*closure:RuntimeWarning")
-@pytest.mark.parametrize("route", ROUTES)
-def test_manual_optimization_with_closure_trains(route: str) -> None:
-    """The closure is enough: the loss falls and the parameters stay finite."""
-    seed_everything(5)
-    module = ManualModule(_network(), AdamQLR, with_closure=True)
-    data = vectors(40)
-    with torch.no_grad():
-        before = F.cross_entropy(module(data.tensors[0]), data.tensors[1])
-    make_trainer(route, max_epochs=3).fit(module, loader(data, batch_size=40))
-    with torch.no_grad():
-        after = F.cross_entropy(module(data.tensors[0]), data.tensors[1])
-    assert after < before
-    assert module.calls >= 3
+    refused("evaluates the loss again, which a loop without a closure does not allow")
 
 
 class InPlaceModule(StockModule):
@@ -165,13 +117,28 @@ class InPlaceModule(StockModule):
         return F.cross_entropy(self(x), y)
 
 
-@pytest.mark.parametrize("make", [AdamQLR, SGDQLR, Probe])
+@every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-def test_batch_changed_in_place_is_refused(route: str, make: Callable[..., Any]) -> None:
+@pytest.mark.feature("Models", "training_step that changes its batch in place")
+def test_batch_changed_in_place(
+    contract: Contract, route: str, refused: Callable[[str], None]
+) -> None:
     """An extra pass would see other data."""
+    module, trainer = InPlaceModule(_network(), contract.make), make_trainer(route)
+    if not contract.info.asks:
+        trainer.fit(module, loader(vectors()))
+        return
     with pytest.raises(RuntimeError, match="changed its batch in place"):
-        make_trainer(route).fit(InPlaceModule(_network(), make), loader(vectors()))
+        trainer.fit(module, loader(vectors()))
     assert _len_torch_function_stack() == 0
+    refused("changed its batch in place")
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_batch_changed_in_place_is_noticed_by_the_oracle(route: str) -> None:
+    """Whatever the optimizer asks."""
+    with pytest.raises(RuntimeError, match="changed its batch in place"):
+        make_trainer(route).fit(InPlaceModule(_network(), Probe), loader(vectors()))
 
 
 @pytest.mark.parametrize("make", [torch.optim.AdamW, lambda params: Probe(params, passes=())])
@@ -223,14 +190,37 @@ class Handwritten(StockModule):
         return -(self(x).log_softmax(1) * onehot).sum() / len(y)
 
 
+@every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-def test_unknown_loss_is_refused(route: str) -> None:
+@pytest.mark.feature("Models", "Hand-written loss that is not declared")
+def test_unknown_loss(contract: Contract, route: str, refused: Callable[[str], None]) -> None:
     """The message lists what is known and offers `declare_loss`."""
-    with pytest.raises(RuntimeError, match=r"(?i)supported") as refusal:
-        make_trainer(route).fit(Handwritten(_network(), AdamQLR), loader(vectors()))
+    module, trainer = Handwritten(_network(), contract.make), make_trainer(route)
+    if "directional" not in contract.info.asks:
+        trainer.fit(module, loader(vectors()))
+        return
+    with pytest.raises(NoLossCapturedError, match="Supported are") as refusal:
+        trainer.fit(module, loader(vectors()))
     message = str(refusal.value)
     for word in ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "declare_loss"):
         assert word in message
+    refused("no supported loss function was called")
+
+
+@every_optimizer
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.feature("Models", "Hand-written loss with declare_loss")
+def test_declared_loss(contract: Contract, route: str) -> None:
+    """One line more in the training step."""
+    seed_everything(5)
+    data = vectors(40)
+    module = Declared(_network(), contract.make)
+    losses = []
+    for _ in range(2):
+        with torch.no_grad():
+            losses.append(F.cross_entropy(module(data.tensors[0]), data.tensors[1]))
+        make_trainer(route, max_epochs=3).fit(module, loader(data, batch_size=10))
+    assert losses[1] < losses[0]
 
 
 def test_unknown_loss_is_enough_for_loss_and_hessian() -> None:
@@ -303,13 +293,14 @@ def test_grad_scaler_steps_without_closure(route: str) -> None:
     assert all(0.5 < base.item() < 5 for base, _ in probe.losses)
 
 
+@every_optimizer
 @pytest.mark.parametrize("route", ATTACHED)
-def test_adamqlr_trains_with_grad_scaler(route: str) -> None:
-    """AdamQLR under a scaler lowers the loss."""
-    module, _ = _scaled(route, AdamQLR, epochs=6)
+def test_trains_with_grad_scaler(contract: Contract, route: str) -> None:
+    """Every optimizer lowers the loss under a scaler."""
+    module, _ = _scaled(route, contract.make, epochs=6)
     x, y = vectors(40).tensors
     seed_everything(5)
-    fresh = mlp_module(AdamQLR)
+    fresh = mlp_module(contract.make)
     with torch.no_grad():
         assert F.cross_entropy(module(x), y) < F.cross_entropy(fresh(x), y) - 0.1
     assert all(param.isfinite().all() for param in module.parameters())
@@ -361,11 +352,12 @@ def _patched(owner: Any, before: set[str]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
+@every_optimizer
 @pytest.mark.parametrize("trouble", ["", "none", "raise"])
 @pytest.mark.parametrize("route", ROUTES)
-def test_clean_up(route: str, trouble: str) -> None:
+def test_clean_up(contract: Contract, route: str, trouble: str) -> None:
     """No function mode and no patch stays behind, whatever happened."""
-    module = Troubled(_network(), AdamQLR, trouble=trouble)
+    module = Troubled(_network(), contract.make, trouble=trouble)
     depths = Depths()
     trainer = make_trainer(route, callbacks=[depths], max_epochs=2, num_sanity_val_steps=1)
     module_before, strategy_before = set(vars(module)), set(vars(trainer.strategy))
@@ -381,22 +373,6 @@ def test_clean_up(route: str, trouble: str) -> None:
     assert _patched(module, module_before) == []
     assert _patched(trainer.strategy, strategy_before) == []
     assert "training_step" not in vars(module)
-
-
-@pytest.mark.parametrize("route", ROUTES)
-def test_a_module_can_be_fitted_again(route: str) -> None:
-    """After a failed fit the same module and a new Trainer work."""
-    module = Troubled(_network(), AdamQLR, trouble="raise")
-    data = loader(vectors())
-    with pytest.raises(KeyError):
-        make_trainer(route).fit(module, data, data)
-    module.trouble = ""
-    trainer = make_trainer(route)
-    trainer.fit(module, data, data)
-    assert trainer.global_step == 5
-    trainer.fit_loop.max_epochs = 2
-    trainer.fit(module, data, data)
-    assert trainer.global_step == 10
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
@@ -426,34 +402,45 @@ def test_validation_is_not_recorded() -> None:
     assert max(trainer.optimizers[0].deviations) <= 1e-12
 
 
-def test_optimizer_without_oracle_names_the_routes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the entry point switched off nothing is attached: the error says what to do."""
-    monkeypatch.setenv("LIGHTNING_CURVATURE_AUTO_ATTACH", "0")
-    with pytest.raises(Exception, match="has no curvature oracle") as refusal:
-        make_trainer("none").fit(mlp_module(AdamQLR), loader(vectors()))
+@every_optimizer
+def test_step_without_anything_attached_names_the_routes(contract: Contract) -> None:
+    """A plain loop without a closure."""
+    model = _network()
+    optimizer = contract.make(model.parameters())
+    F.cross_entropy(model(vectors().tensors[0]), vectors().tensors[1]).backward()
+    if not contract.info.asks:
+        optimizer.step()
+        return
+    with pytest.raises(RuntimeError, match="has no curvature oracle") as refusal:
+        optimizer.step()
     for word in ("single_device_curvature", "CurvatureCallback", "attach_model"):
         assert word in str(refusal.value)
 
 
-def test_step_without_anything_attached_names_the_routes() -> None:
-    """The same in a plain loop without a closure."""
-    model = _network()
-    optimizer = AdamQLR(model.parameters())
-    F.cross_entropy(model(vectors().tensors[0]), vectors().tensors[1]).backward()
-    with pytest.raises(RuntimeError, match="has no curvature oracle"):
-        optimizer.step()
+@every_optimizer
+@pytest.mark.feature("Trainer features", "Several curvature optimizers")
+def test_two_curvature_optimizers(contract: Contract, refused: Callable[[str], None]) -> None:
+    """One per Trainer, unless they ask nothing."""
 
-
-def test_two_curvature_optimizers_are_refused() -> None:
-    """One per Trainer."""
-
-    class Two(NeverStarts):
+    class Two(ManualModule):
         def configure_optimizers(self) -> Any:
             first, _, last = self.network
-            return [AdamQLR(first.parameters()), AdamQLR(last.parameters())]
+            return [contract.make(first.parameters()), contract.make(last.parameters())]
 
-    module = Two(_network(), AdamQLR)
-    module.automatic_optimization = False
-    with pytest.raises(Exception, match=r"[Oo]ne") as refusal:
-        make_trainer("auto", callbacks=[CurvatureCallback()]).fit(module, loader(vectors()))
-    assert not isinstance(refusal.value, Ran)
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            assert not contract.info.asks, "must be refused before the first batch"
+            optimizers = self.optimizers()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+            self.manual_backward(F.cross_entropy(self(batch[0]), batch[1]))
+            for optimizer in optimizers:
+                optimizer.step()
+
+    module = Two(_network(), contract.make, with_closure=False)
+    trainer = make_trainer("auto", callbacks=[CurvatureCallback()])
+    if not contract.info.asks:
+        trainer.fit(module, loader(vectors()))
+        return
+    with pytest.raises(MisconfigurationException, match=r"^One curvature optimizer per"):
+        trainer.fit(module, loader(vectors()))
+    refused("One curvature optimizer per Trainer is supported")
