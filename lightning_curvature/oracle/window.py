@@ -1,6 +1,5 @@
 """WindowOracle: answers over the micro-batches of one optimizer step."""
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -32,6 +31,7 @@ from lightning_curvature.oracle.self_check import TOLERANCES, SelfCheck
 __all__ = ["DirectionalMethod", "WindowOracle"]
 
 DirectionalMethod = Literal["auto", "fd", "jvp"]
+_Question = tuple[Sequence[Tensor], CurvatureKind, RegressionScaling, Sequence[Tensor] | None]
 
 # Share of the loss outside the captured losses above which the user is told.
 _UNMODELED_LIMIT = 0.2
@@ -205,10 +205,10 @@ class WindowOracle(Oracle):
         # Part of the data cannot confirm the gradient of all of it.
         expected = None if self.partial else grad_slope
         self.self_check.add(answer.slope, expected, unmodeled, roundoff)
-        if self.self_check.due and self._reconsider(curvature, differences):
-            first, answer = answer, self._ask(*question)[0]
-            if expected is not None:
-                self._compare_methods(first.slope, answer.slope, expected)
+        if self.self_check.due:
+            deviation = self._read_self_check(differences)
+            if deviation is not None:
+                answer = self._second_opinion(question, answer, expected, deviation)
         return answer
 
     def _ask(
@@ -352,15 +352,11 @@ class WindowOracle(Oracle):
 
     # Self-check
 
-    def _reconsider(self, kind: CurvatureKind, differences: Tensor) -> bool:
-        """Read the self-check; change the method, or warn, if it failed.
+    def _read_self_check(self, differences: Tensor) -> float | None:
+        """Read the self-check and return the deviation if it is too large.
 
         Args:
-            kind: The curvature asked for.
             differences: Share of the ranks that used finite differences.
-
-        Returns:
-            Whether the method was changed, so that the question should be asked again.
         """
         verdict = self.self_check.read()
         if self.method == "jvp" and float(differences) > 0:
@@ -374,31 +370,53 @@ class WindowOracle(Oracle):
                 "(a penalty, or a hand-written term): its curvature is taken as zero. "
                 "lightning_curvature.declare_loss can declare it.",
             )
-        method = self.method or "jvp"
-        tolerance = TOLERANCES[self._precision() or method]
-        if not verdict.deviation > tolerance:
-            return False
-        other: Literal["fd", "jvp"] = "fd" if method == "jvp" else "jvp"
-        self._tried.add(method)
-        can_switch = kind == "fisher" and self._wanted_method == "auto" and self.module is not None
-        if can_switch and other not in self._tried:
+        tolerance = TOLERANCES[self._precision() or self.method or "jvp"]
+        return verdict.deviation if verdict.deviation > tolerance else None
+
+    def _second_opinion(
+        self, question: _Question, first: Directional, expected: Tensor | None, deviation: float
+    ) -> Directional:
+        """Ask by the other method, decide which one to go on with, and return the better answer.
+
+        Args:
+            question: Arguments of `_ask`.
+            first: Answer of the present method.
+            expected: The slope by the gradient.
+            deviation: What the self-check found.
+        """
+        old = self.method or "jvp"
+        other: Literal["fd", "jvp"] = "fd" if old == "jvp" else "jvp"
+        known = question[1] == "fisher" and self.module is not None
+        if not known or self._wanted_method != "auto" or other in self._tried:
+            self._doubt(deviation)
+            return first
+        self.method = other
+        second, _, _, differences = self._ask(*question)
+        gradient = second.slope if expected is None else expected.to(second.slope.dtype)
+        share, old_slope, new_slope, slope, old_curvature, new_curvature = torch.stack(
+            [differences, first.slope, second.slope, gradient, first.curvature, second.curvature]
+        ).tolist()
+        if other == "jvp" and share > 0:  # it is not possible here, or on another rank
+            self._tried.add(other)
+            self.method = old
+            self._doubt(deviation)
+        elif _close(old_slope, new_slope) and not (
+            _close(old_slope, slope) or _close(new_slope, slope)
+        ):
+            self._gradient_differs = True
+            self.method = old
+            self._doubt(deviation)
+        elif old == "fd" and _close(old_curvature, new_curvature) and _close(new_slope, slope):
+            # On a plateau the probe's bias exceeds the slope, but the gradient gives that one.
+            self.method = old
+        else:
+            self._tried.add(old)
             self._warn(
                 f"switch-{other}",
-                f"Self-check: the slope measured by method '{method}' deviates by "
-                f"{verdict.deviation:.1%} from the gradient; going on with '{other}'.",
+                f"Self-check: the slope measured by method '{old}' deviates by {deviation:.1%} "
+                f"from the gradient; going on with '{other}'.",
             )
-            self.method = other
-            return True
-        self._doubt(verdict.deviation)
-        return False
-
-    def _compare_methods(self, first: Tensor, second: Tensor, expected: Tensor) -> None:
-        """Decide after a change of method: if both agree, it is the gradient that differs."""
-        old, new, gradient = torch.stack([first, second, expected.to(first.dtype)]).tolist()
-        if _close(old, new) and not _close(old, gradient) and not _close(new, gradient):
-            self._gradient_differs = True
-            self.method = "fd" if self.method == "jvp" else "jvp"
-            self._doubt(math.nan)
+        return second
 
     def _doubt(self, deviation: float) -> None:
         if self._gradient_differs:

@@ -1,5 +1,6 @@
 """The self-check, the choice of method and its fall-backs (oracle/window.py, self_check.py)."""
 
+import warnings
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lightning_curvature.oracle.window import WindowOracle
 from tests.helpers.dense import flatten, mlp
 from tests.helpers.losses import inputs, labels
 from tests.helpers.probing import Probe, assert_bitwise, parameters_and_buffers
@@ -144,3 +146,36 @@ def test_autocast_region_of_a_plain_loop() -> None:
     expected = flatten([p.grad for p in model.parameters()]) @ flatten(direction)
     assert slope == pytest.approx(expected.item(), rel=0.05)
     assert changed - base == pytest.approx(-0.05 * slope, rel=0.5)
+
+
+class Plateau(nn.Module):
+    """Two residuals whose slopes cancel, and one that bends without a slope."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.at = nn.Parameter(torch.tensor([1.001, -1.0, 0.0], dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return residuals."""
+        return torch.stack([self.at[0], self.at[1], 1.0 + 1e4 * self.at[2] ** 2])
+
+
+def test_a_bias_on_a_plateau_is_no_failure() -> None:
+    """A probe sees the bend, the gradient does not; the curvature of both methods is the same."""
+    model = Plateau()
+    optimizer = Probe(model.parameters())
+    criterion = optimizer.attach_model(model, F.mse_loss)
+    zeros = torch.zeros(3, dtype=torch.float64)
+    criterion(model(zeros), zeros).backward()
+    oracle = optimizer.oracle
+    assert isinstance(oracle, WindowOracle)
+    direction = [torch.ones_like(model.at)]
+    oracle.select(list(model.parameters()))
+    slope = model.at.grad.sum()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        answer = oracle.directional(direction, grad_slope=slope)
+    assert oracle.self_check.history[0].deviation > 0.05
+    assert oracle.method == "fd"
+    torch.testing.assert_close(answer.curvature, torch.tensor(4 / 3, dtype=torch.float64))
+    torch.testing.assert_close(answer.slope, slope)
