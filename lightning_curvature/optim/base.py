@@ -74,6 +74,10 @@ class CurvatureOptimizer(Optimizer, ABC):
         Raises:
             MissingCapabilityError: If the oracle cannot answer what this optimizer asks.
         """
+        real = self._unwrapped()
+        if real is not self:
+            real.attach(oracle)
+            return
         missing = self.asks - oracle.capabilities
         if missing:
             raise MissingCapabilityError(
@@ -86,6 +90,10 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     def detach(self) -> None:
         """Remove the oracle and what it installed."""
+        real = self._unwrapped()
+        if real is not self:
+            real.detach()
+            return
         if self.oracle is not None:
             self._oracle_state = self.oracle.state()
             self.oracle.close()
@@ -142,6 +150,15 @@ class CurvatureOptimizer(Optimizer, ABC):
     def wants_record(self) -> bool:
         """Tell whether the coming step will ask its oracle anything; costs nothing."""
         return bool(self.asks)
+
+    def _unwrapped(self) -> "CurvatureOptimizer":
+        """Return this optimizer, without the wrapper that ``self.optimizers()`` gives in Lightning.
+
+        The wrapper is a subclass: it forwards attributes it does not have, but methods run on the
+        wrapper, and what they assign would stay there.
+        """
+        inner = self.__dict__.get("_optimizer")
+        return inner if isinstance(inner, CurvatureOptimizer) else self
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -285,6 +302,9 @@ class CurvatureOptimizer(Optimizer, ABC):
         Optimizers that ask nothing work where parameters are sharded, too. Distributed checkpoints
         keep torch's layout only, so there the first group carries a copy of that key.
         """
+        real = self._unwrapped()
+        if real is not self:
+            return real.state_dict()
         state = super().state_dict()
         state[STATE_KEY] = self._curvature_state()
         if not self.asks:
@@ -301,6 +321,10 @@ class CurvatureOptimizer(Optimizer, ABC):
             ValueError: If the state is damaged, or belongs to another optimizer, another model or
                 a newer version; the present state is then left as it was.
         """
+        real = self._unwrapped()
+        if real is not self:
+            real.load_state_dict(state_dict)
+            return
         found: object = state_dict
         if not isinstance(found, dict):
             self._check_state(found)

@@ -1,5 +1,6 @@
 """Details of training in a Trainer; test_features_*.py go through its features one by one."""
 
+import copy
 from typing import Any
 
 import pytest
@@ -8,6 +9,7 @@ from lightning.pytorch import seed_everything
 
 from lightning_curvature import AdamQLR
 from tests.helpers.modules import StockModule, loader, mlp_module, vectors
+from tests.helpers.optimizer_db import identical
 from tests.helpers.probing import ROUTES, Probe, make_trainer
 
 
@@ -53,3 +55,28 @@ def test_several_param_groups_and_frozen_parameters() -> None:
     assert max(trainer.optimizers[0].deviations) <= 1e-12
     after = module.network[0].parameters()
     assert any(not torch.equal(a.to(b.dtype), b) for a, b in zip(after, before, strict=True))
+
+
+def test_wrapper_of_the_optimizer_saves_and_loads_the_real_one() -> None:
+    """``self.optimizers()`` is a wrapper: what it saves and loads is the optimizer that trains."""
+    seen: list[bool] = []
+
+    class Saving(StockModule):
+        def on_train_batch_end(self, *args: Any) -> None:
+            wrapper, real = self.optimizers(), self.trainer.optimizers[0]
+            if self.global_step == 2:
+                self.saved = copy.deepcopy(wrapper.state_dict())
+                assert identical(self.saved, real.state_dict())
+            elif self.global_step == 4:
+                wrapper.load_state_dict(copy.deepcopy(self.saved))
+                assert identical(real.state_dict(), self.saved)
+                assert real.oracle is not None
+                seen.append(True)
+
+    seed_everything(9)
+    module = Saving(mlp_module(AdamQLR).network, AdamQLR)
+    trainer = make_trainer("strategy", max_epochs=2)
+    trainer.fit(module, loader(vectors()))
+    assert seen == [True]
+    assert trainer.optimizers[0].state_dict()["curvature"]["steps_done"] == 2 + 6
+    AdamQLR(module.parameters()).load_state_dict(module.saved)
