@@ -60,7 +60,7 @@ def test_plain_loop(contract: Contract, wrapped: bool, accumulate: int, ranks: R
 @every_optimizer
 @pytest.mark.parametrize("settings", ALLOWING, ids=_name)
 @pytest.mark.parametrize("make_module", [UnusedLayer, LayerOfOnePart])
-@pytest.mark.feature("Distributed", "find_unused_parameters")
+@pytest.mark.feature("Distributed", "`find_unused_parameters`")
 def test_unused_parameters(
     contract: Contract, make_module: Any, settings: dict[str, Any], ranks: RankPool
 ) -> None:
@@ -71,7 +71,7 @@ def test_unused_parameters(
 @every_optimizer
 @pytest.mark.parametrize("route", ["strategy", "built"])
 @pytest.mark.parametrize("schedule", [{0: 1}, {0: 1, 1: 2}], ids=["plain", "accumulation"])
-@pytest.mark.feature("Distributed", "static_graph")
+@pytest.mark.feature("Distributed", "`static_graph`")
 def test_static_graph(
     contract: Contract, route: str, schedule: dict[int, int], ranks: RankPool
 ) -> None:
@@ -91,14 +91,14 @@ def test_static_graph(
 
 
 @every_optimizer
-@pytest.mark.feature("Distributed", "static_graph")
+@pytest.mark.feature("Distributed", "`static_graph`")
 def test_static_graph_with_an_unused_layer(contract: Contract, ranks: RankPool) -> None:
     compare(ranks, fit, contract, UnusedLayer, flags={"static_graph": True}, max_epochs=2)
 
 
 @every_optimizer
 @pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.feature("Distributed", "gradient_as_bucket_view")
+@pytest.mark.feature("Distributed", "`gradient_as_bucket_view`")
 def test_gradients_are_views_of_buckets(
     contract: Contract, accumulate: int, ranks: RankPool
 ) -> None:

@@ -24,7 +24,7 @@ CLIPPING: dict[str, dict[str, Any]] = {
 
 @every_optimizer
 @pytest.mark.parametrize("route", ["strategy", "callback"])
-@pytest.mark.feature(GROUP, "accumulate_grad_batches: 1 x 8 equals 4 x 2, two ranks and one")
+@pytest.mark.feature(GROUP, "`accumulate_grad_batches`: 1 x 8 equals 4 x 2, two ranks and one")
 def test_one_batch_equals_four_micro_batches(
     contract: Contract, route: str, ranks: RankPool
 ) -> None:
@@ -41,7 +41,7 @@ def test_one_batch_equals_four_micro_batches(
 
 @every_optimizer
 @pytest.mark.parametrize("accumulate", [2, 3])
-@pytest.mark.feature(GROUP, "Short last window")
+@pytest.mark.feature(GROUP, "short last window")
 def test_ragged_last_window(contract: Contract, accumulate: int, ranks: RankPool) -> None:
     """5 batches: the last window has 1 micro-batch of 2, or 2 of 3, which weigh 1/2 or 1/3."""
     first, _, _ = compare(ranks, fit, contract, accumulate_grad_batches=accumulate, max_epochs=3)
@@ -50,7 +50,7 @@ def test_ragged_last_window(contract: Contract, accumulate: int, ranks: RankPool
 
 @every_optimizer
 @pytest.mark.parametrize("route", ["strategy", "built"])
-@pytest.mark.feature(GROUP, "GradientAccumulationScheduler")
+@pytest.mark.feature(GROUP, "`GradientAccumulationScheduler`, two ranks and one")
 def test_accumulation_scheduler(contract: Contract, route: str, ranks: RankPool) -> None:
     schedule = GradientAccumulationScheduler({0: 1, 1: 2, 2: 3})
     first, _, _ = compare(ranks, fit, contract, route=route, callbacks=[schedule], max_epochs=3)
@@ -59,7 +59,7 @@ def test_accumulation_scheduler(contract: Contract, route: str, ranks: RankPool)
 
 @every_optimizer
 @pytest.mark.parametrize("route", ["strategy", "callback"])
-@pytest.mark.feature(GROUP, 'window="last"')
+@pytest.mark.feature(GROUP, '`window="last"`')
 def test_curvature_of_the_last_micro_batch(contract: Contract, route: str, ranks: RankPool) -> None:
     settings = {"route": route, "accumulate_grad_batches": 2, "max_epochs": 2}
     last, _, _ = compare(ranks, fit, contract, window="last", **settings)
@@ -68,7 +68,7 @@ def test_curvature_of_the_last_micro_batch(contract: Contract, route: str, ranks
 
 
 @every_optimizer
-@pytest.mark.feature(GROUP, 'window="last"')
+@pytest.mark.feature(GROUP, '`window="last"`')
 def test_the_last_micro_batch_stands_for_all(contract: Contract, ranks: RankPool) -> None:
     """Micro-batches that are alike, 2 + 2 + 1 of them: one is as good as all, also in the end."""
     x, y = vectors(24).tensors
@@ -85,7 +85,7 @@ def test_the_last_micro_batch_stands_for_all(contract: Contract, ranks: RankPool
 @every_optimizer
 @pytest.mark.parametrize(("route", "accumulate"), [("strategy", 1), ("callback", 2)])
 @pytest.mark.parametrize("algorithm", CLIPPING)
-@pytest.mark.feature(GROUP, "Trainer(gradient_clip_val=...), by norm and by value")
+@pytest.mark.feature(GROUP, "clipping on two ranks, by norm and by value")
 def test_gradient_clipping(
     contract: Contract, algorithm: str, route: str, accumulate: int, ranks: RankPool
 ) -> None:

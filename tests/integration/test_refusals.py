@@ -47,7 +47,6 @@ class IteratorModule(StockModule):
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor:UserWarning")
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Trainer features", "training_step(dataloader_iter)")
 def test_dataloader_iter(contract: Contract, route: str, refused: Callable[[str], None]) -> None:
     """An extra pass would silently eat batches."""
     module = IteratorModule(_network(), contract.make)
@@ -91,7 +90,6 @@ class ManualModule(StockModule):
 
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Trainer features", "Manual optimization without a closure")
 def test_manual_optimization_without_closure(
     contract: Contract, route: str, refused: Callable[[str], None]
 ) -> None:
@@ -119,7 +117,6 @@ class InPlaceModule(StockModule):
 
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Models", "training_step that changes its batch in place")
 def test_batch_changed_in_place(
     contract: Contract, route: str, refused: Callable[[str], None]
 ) -> None:
@@ -192,7 +189,6 @@ class Handwritten(StockModule):
 
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Models", "Hand-written loss that is not declared")
 def test_unknown_loss(contract: Contract, route: str, refused: Callable[[str], None]) -> None:
     """The message lists what is known and offers `declare_loss`."""
     module, trainer = Handwritten(_network(), contract.make), make_trainer(route)
@@ -209,7 +205,6 @@ def test_unknown_loss(contract: Contract, route: str, refused: Callable[[str], N
 
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Models", "Hand-written loss with declare_loss")
 def test_declared_loss(contract: Contract, route: str) -> None:
     """One line more in the training step."""
     seed_everything(5)
@@ -418,7 +413,6 @@ def test_step_without_anything_attached_names_the_routes(contract: Contract) -> 
 
 
 @every_optimizer
-@pytest.mark.feature("Trainer features", "Several curvature optimizers")
 def test_two_curvature_optimizers(contract: Contract, refused: Callable[[str], None]) -> None:
     """One per Trainer, unless they ask nothing."""
 
