@@ -4,11 +4,11 @@ A checkpoint may be cut off, belong to another optimizer or model, or come from 
 Whatever is wrong is named here, while the present state of the optimizer is still untouched.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from types import NoneType
 from typing import Any
 
+import torch
 from torch import Tensor
 
 __all__ = ["COPY_KEY", "STATE_KEY", "STATE_VERSION", "check_saved_state", "without_copies"]
@@ -16,6 +16,8 @@ __all__ = ["COPY_KEY", "STATE_KEY", "STATE_VERSION", "check_saved_state", "witho
 STATE_KEY = "curvature"
 # Of its copy in the first group; "curvature" is a hyper-parameter there.
 COPY_KEY = "curvature_state"
+# A schedule may end that far below a learning rate of zero.
+_ROUNDING = 1e-6
 STATE_VERSION = 2
 
 
@@ -135,8 +137,9 @@ def _check_oracle(where: str, state: Any) -> None:
     for key, kind in kinds.items():
         if key not in state or not isinstance(state[key], kind):  # type: ignore[arg-type]
             raise ValueError(f"{where}: '{key}' of 'oracle' is {_short(state.get(key))}.")
-    if state["method"] not in (None, "fd", "jvp"):
-        raise ValueError(f"{where}: 'method' of 'oracle' is {_short(state['method'])}.")
+    for method in (state["method"], *state["tried"]):
+        if method not in (None, "fd", "jvp"):
+            raise ValueError(f"{where}: 'oracle' names the method {_short(method)}.")
     if state["sums"] is not None:
         _check_tensor(f"{where}: 'sums' of 'oracle'", state["sums"], (3,))
 
@@ -156,12 +159,15 @@ def _check_one_group(
     for key in hyper_parameters:
         if isinstance(group[key], Tensor):
             _check_tensor(f"{where}: {key}", group[key], ())
-    lr = group["lr"]
-    if isinstance(lr, (int, float)) and math.isfinite(lr):
-        # A schedule may end a rounding error below zero.
-        group = {**group, "lr": max(lr, 0.0)}
+    numbers = {
+        key: group[key].item() if isinstance(group[key], Tensor) else group[key]
+        for key in hyper_parameters
+    }
+    lr = numbers["lr"]
+    if isinstance(lr, (int, float)) and -_ROUNDING < lr < 0:
+        numbers["lr"] = 0.0  # where a schedule ended
     try:
-        check_group(group)
+        check_group(numbers)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{where}: {error}") from error
 
@@ -182,6 +188,7 @@ def _check_tensor(where: str, value: Any, shape: tuple[int, ...]) -> None:
     sound = (
         isinstance(value, Tensor)
         and value.dtype.is_floating_point
+        and value.layout == torch.strided
         and value.device.type != "meta"
         and tuple(value.shape) == shape
     )

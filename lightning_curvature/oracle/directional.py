@@ -184,14 +184,17 @@ def hessian_product(
         _differentiable_kernels(replay),
         replay.running(record) as total,
     ):
-        grads = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
-        present: list[Tensor | None] = list(grads)
+        present: list[Tensor | None] = [None] * len(params)
+        if total.requires_grad:
+            grads = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
+            present = list(grads)
         parts = [
             (grad * d.to(grad.dtype)).sum().to(vectors.scalar_dtype(params))
             for grad, d in zip(present, direction, strict=True)
             if grad is not None
         ]
-        slope = torch.stack(parts).sum()
+        # A loss that does not depend on the parameters has no part.
+        slope = torch.stack(parts).sum() if parts else _zero(params)
         products: list[Tensor | None] = [None] * len(params)
         if slope.requires_grad:
             products = list(torch.autograd.grad(slope, params, allow_unused=True))

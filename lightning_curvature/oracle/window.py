@@ -391,7 +391,11 @@ class WindowOracle(Oracle):
             self._doubt(deviation)
             return first
         self.method = other
-        second, _, _, differences = self._ask(*question)
+        try:
+            second, _, _, differences = self._ask(*question)
+        except BaseException:
+            self.method = old
+            raise
         gradient = second.slope if expected is None else expected.to(second.slope.dtype)
         share, old_slope, new_slope, slope, old_curvature, new_curvature = torch.stack(
             [differences, first.slope, second.slope, gradient, first.curvature, second.curvature]

@@ -1,7 +1,8 @@
 """CurvatureMixin: makes a Lightning strategy record for a curvature optimizer."""
 
 import errno
-import pickle
+import os
+import zipfile
 from typing import Any
 
 import lightning.pytorch as pl
@@ -61,8 +62,8 @@ class CurvatureMixin(Strategy):
         """
         try:
             return super().load_checkpoint(checkpoint_path, weights_only)
-        except (EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-            if not _is_damage(error):
+        except Exception as error:
+            if not _is_damaged(checkpoint_path, error):
                 raise
             raise RuntimeError(
                 f"Cannot read the checkpoint {checkpoint_path}: the file is damaged, or was cut "
@@ -82,10 +83,12 @@ class CurvatureMixin(Strategy):
             self._own_recorder = None
 
 
-def _is_damage(error: Exception) -> bool:
-    """Tell what torch raises for a damaged file from what it raises for a missing one."""
-    if isinstance(error, OSError):
-        return error.errno == errno.EINVAL  # it looks for the end of the file before its beginning
-    if isinstance(error, pickle.UnpicklingError):
-        return "Weights only load failed" not in str(error)
-    return isinstance(error, EOFError) or "PytorchStreamReader" in str(error)
+def _is_damaged(path: _PATH, error: Exception) -> bool:
+    """Tell a damaged file from one that is missing, or that torch refuses for its contents."""
+    if isinstance(error, (FileNotFoundError, IsADirectoryError, PermissionError)):
+        return False
+    if os.path.isfile(path) and not zipfile.is_zipfile(path):
+        return True
+    # Of a cut file torch looks for the end before the beginning.
+    cut = isinstance(error, OSError) and error.errno == errno.EINVAL
+    return cut or isinstance(error, EOFError) or "PytorchStreamReader" in str(error)

@@ -190,3 +190,23 @@ def test_foreign_file_on_two_ranks(contract: Contract, ranks: RankPool, tmp_path
     resumed = ranks.run(run, contract, {}, seed=99, ckpt_path=path)
     for whole, rest in zip(wholes, resumed, strict=True):
         assert identical(rest.state, whole.state)
+
+
+@every_optimizer
+@pytest.mark.feature("Faults", "damaged checkpoint: refused, the next fit works")
+@pytest.mark.parametrize("content", [b"\0" * 4096, b"<html>not found</html>", b"x"])
+def test_a_file_that_is_no_checkpoint(contract: Contract, content: bytes, tmp_path: Path) -> None:
+    """Zeros after a crash of the machine, a page of a proxy: torch's texts tell other stories."""
+    path = tmp_path / "bad.ckpt"
+    path.write_bytes(content)
+    kept = Kept()
+    with pytest.raises(RuntimeError, match=r"^Cannot read the checkpoint .*bad\.ckpt: the file is"):
+        run(contract, {}, route="strategy", ckpt_path=path, before_fit=kept)
+    kept.assert_detached()
+    run(contract, {}, route="strategy")
+
+
+def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
+    """Not damaged."""
+    with pytest.raises(FileNotFoundError):
+        run(CONTRACTS[0], {}, route="strategy", ckpt_path=tmp_path / "none.ckpt")

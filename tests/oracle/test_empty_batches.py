@@ -90,3 +90,25 @@ def test_a_loss_of_nothing_but_ignored_targets(weight: Tensor | None, directiona
     assert torch.equal(loop.theta(), before)
     loop.train(batches[3:])
     assert loop.is_finite()
+
+
+@pytest.mark.parametrize("curvature", ["fisher", "hessian"])
+def test_a_stand_in_loss_without_parameters(curvature: str) -> None:
+    """A tensor of zero that only satisfies the loop has no slope and no curvature."""
+
+    def loss(logits: Tensor, target: Tensor) -> Tensor:
+        if bool((target == IGNORED).all()):
+            return torch.zeros((), dtype=torch.float64, requires_grad=True)
+        return F.cross_entropy(logits, target)
+
+    (x, y), (x2, y2) = classification(2)
+    found = []
+    for second in (y2, torch.full_like(y2, IGNORED)):
+        loop = Loop(network(), lambda params: AdamQLR(params, curvature=curvature), loss)
+        loop.optimizer.zero_grad()
+        (loop.criterion(loop.model(x), y) / 2).backward()
+        (loop.criterion(loop.model(x2), second) / 2).backward()
+        loop.optimizer.step()
+        found.append(loop.stat("loss"))
+        assert loop.is_finite()
+    assert found[1] == pytest.approx(0.5 * F.cross_entropy(network()(x), y).item())

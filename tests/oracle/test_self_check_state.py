@@ -109,3 +109,17 @@ def test_a_chosen_method_wins() -> None:
     loop.optimizer.load_state_dict(state)
     loop.train(classification(1))
     assert _method(loop) == "fd"
+
+
+def test_an_interrupted_second_opinion_changes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The method goes into checkpoints, also into one that is written on the exception."""
+    loop = _loop()
+
+    def interrupted(*args: Any) -> Any:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lightning_curvature.oracle.window.forward_mode", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            loop.train(classification(1))
+    assert _method(loop) == "fd"
