@@ -94,7 +94,7 @@ class AdamQLR(QLROptimizer):
         official_regression_scaling: Whether squared errors of several outputs are summed in the
             curvature although the loss averages them, as in the official code.
         max_failures: Unusable steps in a row after which training stops with an error; also how
-            often, in optimizer steps, the counts are read from the device.
+            often, in optimizer steps, the counts are read from the device while all goes well.
         foreach: False to compute the direction one tensor at a time, with less temporary memory;
             otherwise all tensors at once.
         maximize: Whether to climb.

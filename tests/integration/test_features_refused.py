@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.overrides import _len_torch_function_stack
 
 from lightning_curvature import declare_loss
 from lightning_curvature.oracle import NoLossCapturedError
@@ -39,6 +40,7 @@ def assert_refused(run: Run, error: type[Exception], text: str) -> str:
     message = str(refusal.value)
     assert text in message
     assert_bitwise(parameters_and_buffers(run.module), before)
+    assert _len_torch_function_stack() == 0
     return message
 
 
@@ -109,14 +111,18 @@ class Declared(StockModule):
 
 
 @every_optimizer
+@pytest.mark.parametrize("route", ROUTES)
 @title("hand-written loss")
-def test_a_handwritten_loss(contract: Contract, refused: Any) -> None:
-    run = prepare(contract, made(Handwritten))
+def test_a_handwritten_loss(contract: Contract, route: str, refused: Any) -> None:
+    """The message lists what is known and offers `declare_loss`."""
+    run = prepare(contract, made(Handwritten), route=route)
     if "directional" not in contract.info.asks:
         run.trainer.fit(run.module, batched())
         run.assert_learned()
         return
-    message = assert_refused(run, NoLossCapturedError, "declare_loss")
+    message = assert_refused(run, NoLossCapturedError, "Supported are")
+    for word in ("cross_entropy", "mse_loss", "binary_cross_entropy_with_logits", "declare_loss"):
+        assert word in message
     refused(message.split(".")[0] + ". `declare_loss` can declare it.")
 
 
