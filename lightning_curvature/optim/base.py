@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_curvature.curvature.schedule import RefreshSchedule
 from lightning_curvature.optim.saved_state import (
     COPY_KEY,
     STATE_KEY,
@@ -56,6 +57,9 @@ class CurvatureOptimizer(Optimizer, ABC):
         self._scalars: dict[str, Tensor] = {}
         # Of the oracle, while none is attached.
         self._oracle_state: dict[str, Any] = {}
+        # Owners of intervals, and the states of those that have not come (yet).
+        self._schedules: dict[str, RefreshSchedule] = {}
+        self._schedule_states: dict[str, dict[str, Any]] = {}
         super().__init__(params, defaults)
 
     @property
@@ -150,6 +154,65 @@ class CurvatureOptimizer(Optimizer, ABC):
     def wants_record(self) -> bool:
         """Tell whether the coming step will ask its oracle anything; costs nothing."""
         return bool(self.asks)
+
+    # Intervals
+
+    @property
+    def intervals(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that say how often something is refreshed."""
+        return tuple(name for name in self.defaults if name.endswith("_update_interval"))
+
+    def own_interval(self, name: str, schedule: RefreshSchedule) -> None:
+        """Let a schedule decide instead of an interval, and give it its part of a loaded state.
+
+        Args:
+            name: One of `intervals`.
+            schedule: Decides from now on.
+
+        Raises:
+            ValueError: If there is no such interval.
+            RuntimeError: If another schedule decides already.
+        """
+        real = self._unwrapped()
+        if name not in real.intervals:
+            known = ", ".join(repr(interval) for interval in real.intervals) or "none"
+            raise ValueError(f"Invalid interval={name!r}: {type(real).__name__} has {known}.")
+        if name in real._schedules:
+            raise RuntimeError(
+                f"{name} of {type(real).__name__} has an owner already, a "
+                f"{type(real._schedules[name]).__name__}. Use one schedule per interval."
+            )
+        if name in real._schedule_states:
+            schedule.load_state(real._schedule_states[name])
+        real._schedules[name] = schedule
+
+    def release_interval(self, name: str) -> None:
+        """Let the interval decide again.
+
+        Args:
+            name: One of `intervals`.
+        """
+        real = self._unwrapped()
+        schedule = real._schedules.pop(name, None)
+        if schedule is not None:
+            real._schedule_states[name] = schedule.state()
+
+    def _due(self, name: str) -> bool:
+        """Tell whether the coming step refreshes what an interval is about."""
+        schedule = self._schedules.get(name)
+        if schedule is not None:
+            return schedule.due(self._steps_done)
+        return self._steps_done % int(self.param_groups[0][name]) == 0
+
+    def _refreshed(self, name: str, drift: Tensor | None = None) -> None:
+        """Tell the owner of an interval that the present step has refreshed.
+
+        Args:
+            name: The interval.
+            drift: Relative change since the last time, a 0-dim tensor.
+        """
+        if name in self._schedules:
+            self._schedules[name].refreshed(self._steps_done, drift)
 
     def _unwrapped(self) -> "CurvatureOptimizer":
         """Return this optimizer, without the wrapper that ``self.optimizers()`` gives in Lightning.
@@ -285,6 +348,10 @@ class CurvatureOptimizer(Optimizer, ABC):
             "steps_done": self._steps_done,
             "scalars": dict(self._scalars),
             "oracle": self._oracle_state if self.oracle is None else self.oracle.state(),
+            "schedules": {
+                **self._schedule_states,
+                **{name: schedule.state() for name, schedule in self._schedules.items()},
+            },
         }
 
     def _load_curvature_state(self, state: dict[str, Any]) -> None:
@@ -295,6 +362,9 @@ class CurvatureOptimizer(Optimizer, ABC):
             name: value.to(device) if isinstance(value, Tensor) else value
             for name, value in state.get("oracle", {}).items()
         }
+        self._schedule_states = dict(state.get("schedules", {}))
+        for name, schedule in self._schedules.items():
+            schedule.load_state(self._schedule_states.get(name, {}))
 
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state: torch's layout and one more key with the curvature's state.
@@ -419,6 +489,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         self.__dict__.setdefault("_steps_done", 0)
         self.__dict__.setdefault("_scalars", {})
         self.__dict__.setdefault("_oracle_state", {})
+        self.__dict__.setdefault("_schedules", {})
+        self.__dict__.setdefault("_schedule_states", {})
         if extra is not None:
             self._load_curvature_state(extra)
 

@@ -24,15 +24,26 @@ class FailureCounter:
         name: Name of the optimizer, for messages.
         limit: Failures in a row after which training stops.
         long_step: Step length above which the user is told; None for never.
+        cause: What made a step unusable, in words.
+        advice: What the user may try.
         resumed: Whether the counts come from a checkpoint, so that the first step reads them.
     """
 
     def __init__(
-        self, name: str, limit: int, long_step: float | None = None, *, resumed: bool = False
+        self,
+        name: str,
+        limit: int,
+        long_step: float | None = None,
+        *,
+        cause: str = "gradient or curvature was not finite",
+        advice: str = "lower max_lr, or raise min_damping",
+        resumed: bool = False,
     ) -> None:
         self.name = name
         self.limit = limit
         self.long_step = long_step
+        self.cause = cause
+        self.advice = advice
         self._warned: set[str] = set()
         self._steps_until_reading = 1 if resumed else limit
         self._history: deque[dict[str, Tensor]] = deque(maxlen=min(limit, _STEPS_SHOWN))
@@ -43,8 +54,8 @@ class FailureCounter:
         """Count one step.
 
         Args:
-            counts: State with the keys "failures" (in a row) and "skipped_steps" (in all), 0-dim
-                tensors; replaced in place.
+            counts: State with the keys "failures" (in a row), "skipped_steps" (in all) and perhaps
+                "skipped_refreshes", 0-dim tensors; the first two are replaced.
             usable: Boolean 0-dim tensor: whether the step could be used.
             measured: What this step measured, for the message of `check`.
         """
@@ -59,7 +70,7 @@ class FailureCounter:
         Args:
             counts: See `update`.
             step: Number of the step, from 1.
-            stats: Last measurements; "step_length" is checked.
+            stats: Last measurements; "step_length" is checked if it is there.
 
         Raises:
             RuntimeError: After ``limit`` unusable steps in a row.
@@ -67,20 +78,28 @@ class FailureCounter:
         self._steps_until_reading -= 1
         if self._steps_until_reading > 0:
             return
-        read = torch.stack([counts["failures"], counts["skipped_steps"], stats["step_length"]])
-        failures, skipped, length = read.tolist()
+        known = {**counts, **{key: stats[key] for key in ("step_length",) if key in stats}}
+        values = torch.stack(list(known.values())).tolist()
+        read = dict(zip(known, values, strict=True))
+        failures, skipped = read["failures"], read["skipped_steps"]
+        length, refreshes = read.get("step_length", 0.0), read.get("skipped_refreshes", 0.0)
         self._steps_until_reading = max(self.limit - int(failures), 1)
         if failures >= self.limit:
             raise RuntimeError(
-                f"{self.name} found no usable step {int(failures)} times in a row: gradient or "
-                "curvature was not finite. Look for NaN in the data, lower max_lr, or raise "
-                f"min_damping. The last steps:\n{self._lines(step)}"
+                f"{self.name} found no usable step {int(failures)} times in a row: {self.cause}. "
+                f"Look for NaN in the data, {self.advice}. The last steps:\n{self._lines(step)}"
             )
         if skipped:
             self._warn(
                 "skipped",
-                f"{self.name} skipped {int(skipped)} of {step} steps: gradient or curvature was "
-                "not finite. stats['skipped_steps'] goes on counting.",
+                f"{self.name} skipped {int(skipped)} of {step} steps: {self.cause}. "
+                "stats['skipped_steps'] goes on counting.",
+            )
+        if refreshes:
+            self._warn(
+                "refreshes",
+                f"{self.name} kept an old curvature estimate {int(refreshes)} times: the new one "
+                "was not finite. stats['skipped_refreshes'] goes on counting.",
             )
         if self.long_step is not None and abs(length) > self.long_step:
             self._warn(

@@ -34,7 +34,7 @@ def without_copies(saved: dict[str, Any]) -> dict[str, Any]:
     if not copies:
         return saved
     # Distributed checkpoints drop empty dictionaries.
-    own = {"scalars": {}, "oracle": {}, **copies[0]}
+    own = {"scalars": {}, "oracle": {}, "schedules": {}, **copies[0]}
     rest = [{key: value for key, value in g.items() if key != COPY_KEY} for g in groups]
     return {STATE_KEY: own, **saved, "param_groups": rest}
 
@@ -119,6 +119,7 @@ def _check_own(own: dict[str, Any], name: str) -> None:
     if version > 1 and "oracle" not in own:  # version 1 had none
         raise ValueError(f"Cannot load a truncated state into {name}: no ['oracle'].")
     _check_oracle(where, own.get("oracle", {}))
+    _check_schedules(where, own.get("schedules", {}))
 
 
 def _check_oracle(where: str, state: Any) -> None:
@@ -142,6 +143,16 @@ def _check_oracle(where: str, state: Any) -> None:
             raise ValueError(f"{where}: 'oracle' names the method {_short(method)}.")
     if state["sums"] is not None:
         _check_tensor(f"{where}: 'sums' of 'oracle'", state["sums"], (3,))
+
+
+def _check_schedules(where: str, states: Any) -> None:
+    known = isinstance(states, dict) and all(isinstance(state, dict) for state in states.values())
+    if not known:
+        raise ValueError(f"{where}: 'schedules' must be a dict of dicts, got {_short(states)}.")
+    for name, state in states.items():
+        for key, value in state.items():
+            if not isinstance(value, (int, float, str, NoneType)):
+                raise ValueError(f"{where}: '{key}' of schedule '{name}' is {_short(value)}.")
 
 
 def _check_one_group(

@@ -1,0 +1,181 @@
+"""Base of the optimizers that scale every coordinate of the gradient by itself."""
+
+from abc import abstractmethod
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_curvature import vectors
+from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.oracle.protocol import Oracle
+
+__all__ = ["DiagonalOptimizer"]
+
+_COUNTS = ("failures", "skipped_steps", "skipped_refreshes")
+
+
+class DiagonalOptimizer(CurvatureOptimizer):
+    """Base of the optimizers that scale every coordinate of the gradient by itself.
+
+    A subclass says in `_update_group` how parameters move. A step with a gradient that is not
+    finite changes nothing and is counted. On a CPU the gradient is looked at before anything is
+    done; on other devices, where looking means waiting, the arithmetic goes on with zeros and
+    ``usable`` keeps state and parameters as they are.
+
+    State of half-precision parameters is float32, and so is the arithmetic.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Hyper-parameters; "lr", "foreach", "maximize" and "max_failures" are among them.
+    """
+
+    # Hyper-parameters that are one value for all groups.
+    shared_names: ClassVar[tuple[str, ...]] = ("max_failures", "foreach")
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._check_group(defaults)
+        super().__init__(params, defaults)
+        self._failures = self._new_failure_counter()
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or deep copy."""
+        super().__setstate__(state)
+        self._failures = self._new_failure_counter(resumed=True)
+
+    @property
+    def shared(self) -> tuple[str, ...]:
+        """Names of the hyper-parameters that are one value for all groups."""
+        return self.shared_names
+
+    def _new_failure_counter(self, *, resumed: bool = False) -> FailureCounter:
+        return FailureCounter(
+            type(self).__name__,
+            int(self.param_groups[0]["max_failures"]),
+            cause="the gradient was not finite",
+            advice="or lower lr",
+            resumed=resumed,
+        )
+
+    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+        super()._load_curvature_state(state)
+        self._failures = self._new_failure_counter(resumed=True)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Args:
+            param_group: As for every torch optimizer.
+
+        Raises:
+            ValueError: If an argument is out of range, or differs from the other groups though it
+                is one value for all.
+        """
+        self._check_group({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    # One step
+
+    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
+        grads = [p.grad for p in params if p.grad is not None]
+        squared = vectors.dot(grads, grads)
+        finite = torch.isfinite(squared)
+        stats = {"grad_norm": squared.sqrt()}
+        if oracle is not None and oracle.ready:
+            stats["loss"] = oracle.base_loss()
+        usable = None if self._can_look(finite) else finite
+        if usable is not None:
+            for grad in grads:
+                grad.masked_fill_(~finite, 0.0)
+        if usable is not None or bool(finite):
+            self._prepare(params, oracle, usable, stats)
+            for group in self.param_groups:
+                members = [p for p in group["params"] if p.grad is not None]
+                if members:
+                    self._update_group(group, members, usable, stats)
+        stats["lr"] = torch.full_like(squared, max(float(g["lr"]) for g in self.param_groups))
+        self._count(finite, stats)
+
+    def _can_look(self, scalar: Tensor) -> bool:
+        """Tell whether reading a scalar costs nothing."""
+        return scalar.device.type == "cpu"
+
+    def _count(self, finite: Tensor, stats: dict[str, Tensor]) -> None:
+        counts = {name: self._scalar(name, stats["grad_norm"]) for name in _COUNTS}
+        self._failures.update(counts, finite, stats)
+        self._scalars.update(counts)
+        stats["skipped_steps"] = counts["skipped_steps"]
+        self.stats = {**self.stats, **stats}
+        self._failures.check(counts, self._steps_done + 1, self.stats)
+
+    def _scalar(self, name: str, like: Tensor) -> Tensor:
+        """Return a number of the state, 0 if it is not there yet."""
+        return torch.as_tensor(self._scalars.get(name, 0.0), dtype=like.dtype, device=like.device)
+
+    def _prepare(
+        self,
+        params: list[Tensor],
+        oracle: Oracle | None,
+        usable: Tensor | None,
+        stats: dict[str, Tensor],
+    ) -> None:
+        """Refresh what all groups need, before any parameter moves.
+
+        Args:
+            params: All parameters with a gradient.
+            oracle: The oracle, None if this optimizer asks nothing.
+            usable: See `_update_group`.
+            stats: What this step measured so far; more may be added.
+        """
+
+    @abstractmethod
+    def _update_group(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        usable: Tensor | None,
+        stats: dict[str, Tensor],
+    ) -> None:
+        """Update state and parameters of one group.
+
+        Args:
+            group: The group.
+            params: Its parameters with a gradient.
+            usable: Boolean 0-dim tensor: whether the gradient was finite; it has been replaced by
+                zeros if not, and then nothing may change. None if it is known to be finite.
+            stats: What this step measured so far; more may be added.
+        """
+
+    # State
+
+    def _state_lists(self, params: list[Tensor], *names: str) -> list[list[Tensor]]:
+        """Return state tensors of parameters by name; new ones are zero.
+
+        Args:
+            params: The parameters.
+            *names: Names of the state, "step" for the number of updates (a 0-dim tensor).
+        """
+        for p in params:
+            state = self.state[p]
+            half = p.dtype in (torch.bfloat16, torch.float16)
+            dtype = torch.float32 if half else p.dtype
+            for name in names:
+                if name in state:
+                    continue
+                if name == "step":
+                    state[name] = torch.zeros((), dtype=dtype, device=p.device)
+                else:
+                    kind = torch.preserve_format
+                    state[name] = torch.zeros_like(p, dtype=dtype, memory_format=kind)
+        return [[self.state[p][name] for p in params] for name in names]
+
+    def _grads(self, group: dict[str, Any], grads: list[Tensor]) -> list[Tensor]:
+        """Return gradients in the precision of the arithmetic, turned around to climb.
+
+        Args:
+            group: The group of the parameters.
+            grads: Gradients, or parts of them; they are not changed.
+        """
+        grads = [g.float() if g.dtype in (torch.bfloat16, torch.float16) else g for g in grads]
+        return list(torch._foreach_neg(grads)) if group["maximize"] else grads
