@@ -18,6 +18,7 @@ from lightning_curvature.optim.saved_state import (
     without_copies,
 )
 from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
+from lightning_curvature.oracle.labels import SamplePlan
 from lightning_curvature.oracle.plain import ModelOracle
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
 from lightning_curvature.oracle.ranks import mean_over_ranks
@@ -90,6 +91,8 @@ class CurvatureOptimizer(Optimizer, ABC):
             )
         self.detach()
         oracle.load_state(self._oracle_state)
+        if "sampled" in self.asks:
+            oracle.plan = self.sample_plan
         self.oracle = oracle
 
     def detach(self) -> None:
@@ -155,6 +158,10 @@ class CurvatureOptimizer(Optimizer, ABC):
         """Tell whether the coming step will ask its oracle anything; costs nothing."""
         return bool(self.asks)
 
+    def sample_plan(self) -> SamplePlan | None:
+        """Tell what to sample in the main passes of the coming step, None for nothing."""
+        return None
+
     # Intervals
 
     @property
@@ -197,22 +204,28 @@ class CurvatureOptimizer(Optimizer, ABC):
         if schedule is not None:
             real._schedule_states[name] = schedule.state()
 
-    def _due(self, name: str) -> bool:
-        """Tell whether the coming step refreshes what an interval is about."""
-        schedule = self._schedules.get(name)
-        if schedule is not None:
-            return schedule.due(self._steps_done)
-        return self._steps_done % int(self.param_groups[0][name]) == 0
+    def _due(self, name: str, *, ahead: int = 0) -> bool:
+        """Tell whether a step refreshes what an interval is about.
 
-    def _refreshed(self, name: str, drift: Tensor | None = None) -> None:
-        """Tell the owner of an interval that the present step has refreshed.
+        Args:
+            name: The interval.
+            ahead: Steps between the coming one and the one in question.
+        """
+        schedule, step = self._schedules.get(name), self._steps_done + ahead
+        if schedule is not None:
+            return schedule.due(step)
+        return step % int(self.param_groups[0][name]) == 0
+
+    def _refreshed(self, name: str, drift: Tensor | None = None, *, ahead: int = 0) -> None:
+        """Tell the owner of an interval that a step has refreshed.
 
         Args:
             name: The interval.
             drift: Relative change since the last time, a 0-dim tensor.
+            ahead: See `_due`.
         """
         if name in self._schedules:
-            self._schedules[name].refreshed(self._steps_done, drift)
+            self._schedules[name].refreshed(self._steps_done + ahead, drift)
 
     def _unwrapped(self) -> "CurvatureOptimizer":
         """Return this optimizer, without the wrapper that ``self.optimizers()`` gives in Lightning.

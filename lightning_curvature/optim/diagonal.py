@@ -13,7 +13,7 @@ from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["DiagonalOptimizer"]
 
-_COUNTS = ("failures", "skipped_steps", "skipped_refreshes")
+_COUNTS = ("failures", "skipped_steps")
 
 
 class DiagonalOptimizer(CurvatureOptimizer):
@@ -33,6 +33,8 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
     # Hyper-parameters that are one value for all groups.
     shared_names: ClassVar[tuple[str, ...]] = ("max_failures", "foreach")
+    # Counts of the state that the user hears of: name -> (from which number on, the text).
+    watched: ClassVar[dict[str, tuple[int, str]]] = {}
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         self._check_group(defaults)
@@ -55,6 +57,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
             int(self.param_groups[0]["max_failures"]),
             cause="the gradient was not finite",
             advice="or lower lr",
+            watched=self.watched,
             resumed=resumed,
         )
 
@@ -94,6 +97,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
                 members = [p for p in group["params"] if p.grad is not None]
                 if members:
                     self._update_group(group, members, usable, stats)
+            self._finish(params, oracle, usable, stats)
         stats["lr"] = torch.full_like(squared, max(float(g["lr"]) for g in self.param_groups))
         self._count(finite, stats)
 
@@ -102,10 +106,11 @@ class DiagonalOptimizer(CurvatureOptimizer):
         return scalar.device.type == "cpu"
 
     def _count(self, finite: Tensor, stats: dict[str, Tensor]) -> None:
-        counts = {name: self._scalar(name, stats["grad_norm"]) for name in _COUNTS}
+        names = (*_COUNTS, *self.watched)
+        counts = {name: self._scalar(name, stats["grad_norm"]) for name in names}
         self._failures.update(counts, finite, stats)
         self._scalars.update(counts)
-        stats["skipped_steps"] = counts["skipped_steps"]
+        stats.update({name: counts[name] for name in names if name.startswith("skipped_")})
         self.stats = {**self.stats, **stats}
         self._failures.check(counts, self._steps_done + 1, self.stats)
 
@@ -128,6 +133,15 @@ class DiagonalOptimizer(CurvatureOptimizer):
             usable: See `_update_group`.
             stats: What this step measured so far; more may be added.
         """
+
+    def _finish(
+        self,
+        params: list[Tensor],
+        oracle: Oracle | None,
+        usable: Tensor | None,
+        stats: dict[str, Tensor],
+    ) -> None:
+        """Do what comes after all parameters have moved; see `_prepare`."""
 
     @abstractmethod
     def _update_group(

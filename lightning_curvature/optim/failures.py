@@ -26,6 +26,8 @@ class FailureCounter:
         long_step: Step length above which the user is told; None for never.
         cause: What made a step unusable, in words.
         advice: What the user may try.
+        watched: Further counts by name, from which number on the user is told, and what; the text
+            may contain ``{count}``.
         resumed: Whether the counts come from a checkpoint, so that the first step reads them.
     """
 
@@ -37,6 +39,7 @@ class FailureCounter:
         *,
         cause: str = "gradient or curvature was not finite",
         advice: str = "lower max_lr, or raise min_damping",
+        watched: Mapping[str, tuple[int, str]] | None = None,
         resumed: bool = False,
     ) -> None:
         self.name = name
@@ -44,6 +47,7 @@ class FailureCounter:
         self.long_step = long_step
         self.cause = cause
         self.advice = advice
+        self.watched = dict(watched or {})
         self._warned: set[str] = set()
         self._steps_until_reading = 1 if resumed else limit
         self._history: deque[dict[str, Tensor]] = deque(maxlen=min(limit, _STEPS_SHOWN))
@@ -54,8 +58,8 @@ class FailureCounter:
         """Count one step.
 
         Args:
-            counts: State with the keys "failures" (in a row), "skipped_steps" (in all) and perhaps
-                "skipped_refreshes", 0-dim tensors; the first two are replaced.
+            counts: State with the keys "failures" (in a row), "skipped_steps" (in all) and those
+                watched, 0-dim tensors; the first two are replaced.
             usable: Boolean 0-dim tensor: whether the step could be used.
             measured: What this step measured, for the message of `check`.
         """
@@ -82,7 +86,7 @@ class FailureCounter:
         values = torch.stack(list(known.values())).tolist()
         read = dict(zip(known, values, strict=True))
         failures, skipped = read["failures"], read["skipped_steps"]
-        length, refreshes = read.get("step_length", 0.0), read.get("skipped_refreshes", 0.0)
+        length = read.get("step_length", 0.0)
         self._steps_until_reading = max(self.limit - int(failures), 1)
         if failures >= self.limit:
             raise RuntimeError(
@@ -95,12 +99,9 @@ class FailureCounter:
                 f"{self.name} skipped {int(skipped)} of {step} steps: {self.cause}. "
                 "stats['skipped_steps'] goes on counting.",
             )
-        if refreshes:
-            self._warn(
-                "refreshes",
-                f"{self.name} kept an old curvature estimate {int(refreshes)} times: the new one "
-                "was not finite. stats['skipped_refreshes'] goes on counting.",
-            )
+        for key, (least, text) in self.watched.items():
+            if read[key] >= least:
+                self._warn(key, text.format(count=int(read[key])))
         if self.long_step is not None and abs(length) > self.long_step:
             self._warn(
                 "long",

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.extra_pass import ContextFactory, Environment
-from lightning_curvature.oracle.record import PassRecord, loss_terms
+from lightning_curvature.oracle.record import PassRecord
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
 
 __all__ = ["ClosureOracle"]
@@ -99,7 +99,7 @@ class ClosureOracle(WindowOracle):
 
                 def watch(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
                     total = _total(tensors, weights)
-                    record.terms += loss_terms(total, capture.calls)
+                    self.observe(record, total, capture.calls)
                     value = total.detach().clone()
                     record.loss = value if record.loss is None else record.loss + value
                     original(tensors, weights, **rest)

@@ -19,7 +19,7 @@ from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.heads import quadratic_form
 from lightning_curvature.oracle.protocol import RegressionScaling
 from lightning_curvature.oracle.record import PassRecord
-from lightning_curvature.oracle.replay import Replay, load_forward_mode, matched_terms
+from lightning_curvature.oracle.replay import Replay, eager, load_forward_mode, matched_terms
 
 __all__ = [
     "PROBE_LENGTHS",
@@ -149,7 +149,7 @@ def forward_mode(
 def _differentiable_kernels(replay: Replay) -> Iterator[None]:
     """Choose kernels that can be differentiated forward, or twice; fused ones cannot."""
     with ExitStack() as stack:
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(eager())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         if replay.recurrent:
             # Setting these flags warns of hardware that is not there.

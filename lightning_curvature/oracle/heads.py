@@ -27,7 +27,19 @@ from torch import Tensor
 from lightning_curvature.oracle.capture import DECLARED, RawCall, declare_loss
 from lightning_curvature.oracle.protocol import RegressionScaling
 
-__all__ = ["BoundLoss", "bind_loss", "generic_form", "quadratic_form"]
+__all__ = [
+    "Arguments",
+    "BoundLoss",
+    "at_least_float32",
+    "bce_weights",
+    "bind_loss",
+    "cross_entropy_weights",
+    "generic_form",
+    "kl_div_on_first_axis",
+    "kl_div_weights",
+    "mse_weights",
+    "quadratic_form",
+]
 
 Arguments = dict[str, Any]
 
@@ -113,16 +125,90 @@ def bind_loss(raw: RawCall, inputs: tuple[str, ...] | None = None) -> BoundLoss:
     return BoundLoss(function, arguments, inputs)
 
 
-def _at_least_float32(x: Tensor) -> Tensor:
+def at_least_float32(x: Tensor) -> Tensor:
+    """Return a tensor in float32, or float64 if it is."""
     return x if x.dtype in (torch.float32, torch.float64) else x.float()
 
 
-def _reduced(per_item: Tensor, coefficient: Tensor, reduction: str, normalizer: Any) -> Tensor:
-    """Apply the loss's own reduction, then the coefficient."""
-    if reduction == "none":
-        return (coefficient * per_item).sum()
-    total = per_item.sum()
-    return coefficient * (total / normalizer if reduction == "mean" else total)
+# Weights a_i of the examples (and positions, and outputs) in the total loss, coefficient included.
+
+
+def _weights(mass: Tensor, coefficient: Tensor, reduction: str, normalizer: Any) -> Tensor:
+    """Return the weights that a loss's own reduction and the coefficient give."""
+    return coefficient * mass / normalizer if reduction == "mean" else coefficient * mass
+
+
+def cross_entropy_weights(a: Arguments, z: Tensor, c: Tensor) -> tuple[Tensor, int]:
+    """Return the weights of a cross-entropy, of the shape of z without classes, and their axis.
+
+    Args:
+        a: Arguments of the loss.
+        z: Its logits.
+        c: d(total loss) / d(this loss).
+    """
+    # -sum_k m_k log softmax(z)_k has Hessian (sum_k m_k) (diag p - p p^T): only the mass counts.
+    dim = 1 if z.dim() > 1 else 0
+    num_classes = z.shape[dim]
+    weight, target, reduction = a.get("weight"), a["target"], a["reduction"]
+    smoothing = a.get("label_smoothing", 0.0)
+    if target.is_floating_point():
+        soft = target * (1 - smoothing) + smoothing / num_classes
+        if weight is not None:
+            soft = soft * weight.reshape([-1] + [1] * (z.dim() - dim - 1))
+        return _weights(soft.sum(dim), c, reduction, z.numel() // num_classes), dim
+    valid = target != a["ignore_index"]
+    if weight is None:
+        normalizer, mass = valid.sum(), valid.to(z.dtype)
+    else:
+        of_label = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
+        normalizer = of_label.sum()
+        spread = smoothing / num_classes * weight.sum()
+        mass = torch.where(valid, (1 - smoothing) * of_label + spread, 0.0)
+    # Without any target the loss is 0/0, but its gradient in torch is 0: so is its curvature.
+    normalizer = torch.where(valid.any(), normalizer, torch.ones_like(normalizer))
+    return _weights(mass, c, reduction, normalizer), dim
+
+
+def mse_weights(a: Arguments, z: Tensor, c: Tensor, scaling: RegressionScaling = "mean") -> Tensor:
+    """Return the weights of a squared error, of the shape of its arguments broadcast."""
+    shape = torch.broadcast_tensors(z, a["target"])[0].shape  # type: ignore[no-untyped-call]
+    mass = torch.ones(shape, dtype=z.dtype, device=z.device)
+    weight = a.get("weight")
+    normalizer: Any = math.prod(shape)
+    if weight is not None:
+        mass, normalizer = mass * weight, weight.sum()
+    if scaling == "per_example" and a["reduction"] == "mean" and len(shape) > 0:
+        normalizer = normalizer * (shape[0] / math.prod(shape))
+    return _weights(mass, c, a["reduction"], normalizer)
+
+
+def bce_weights(a: Arguments, z: Tensor, c: Tensor) -> Tensor:
+    """Return the weights of a binary cross-entropy, of the shape of z."""
+    mass = torch.ones_like(z)
+    if a.get("pos_weight") is not None:
+        mass = mass * (1 + (a["pos_weight"] - 1) * a["target"])
+    if a["weight"] is not None:
+        mass = mass * a["weight"]
+    return _weights(mass, c, a["reduction"], z.numel())
+
+
+def kl_div_weights(a: Arguments, z: Tensor, c: Tensor, dim: int) -> tuple[Tensor, int]:
+    """Return the weights of a divergence with the classes on an axis, and that axis."""
+    # The target probabilities are the label mass.
+    mass = a["target"].exp() if a["log_target"] else a["target"]
+    if a["reduction"] == "none":
+        return (c * mass).sum(dim), dim
+    normalizer = {"batchmean": z.shape[0] if z.dim() else 1, "mean": z.numel()}
+    return c * mass.sum(dim) / normalizer.get(a["reduction"], 1), dim
+
+
+def kl_div_on_first_axis(z: Tensor) -> Tensor | None:
+    """Tell whether the classes are on axis 1 (images), not the last; None if both are the same."""
+    if z.dim() <= 2:  # noqa: PLR2004
+        return None
+    # Where the log-probabilities sum to one.
+    off_first, off_last = (z.logsumexp(dim).abs().max() for dim in (1, -1))
+    return off_first < off_last
 
 
 def _softmax_variance(logits: Tensor, tangent: Tensor, dim: int) -> Tensor:
@@ -133,79 +219,32 @@ def _softmax_variance(logits: Tensor, tangent: Tensor, dim: int) -> Tensor:
 
 
 def _cross_entropy(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    # -sum_k m_k log softmax(z)_k has Hessian (sum_k m_k) (diag p - p p^T): only the mass counts.
-    dim = 1 if z.dim() > 1 else 0
-    num_classes = z.shape[dim]
-    weight, target, reduction = a.get("weight"), a["target"], a["reduction"]
-    smoothing = a.get("label_smoothing", 0.0)
-    variance = _softmax_variance(z, u, dim)
-    if target.is_floating_point():
-        soft = target * (1 - smoothing) + smoothing / num_classes
-        if weight is not None:
-            soft = soft * weight.reshape([-1] + [1] * (z.dim() - dim - 1))
-        return _reduced(soft.sum(dim) * variance, c, reduction, z.numel() // num_classes)
-    valid = target != a["ignore_index"]
-    if weight is None:
-        normalizer, mass = valid.sum(), valid
-    else:
-        of_label = torch.where(valid, weight[torch.where(valid, target, 0)], 0.0)
-        normalizer = of_label.sum()
-        spread = smoothing / num_classes * weight.sum()
-        mass = torch.where(valid, (1 - smoothing) * of_label + spread, 0.0)
-    # Without any target the loss is 0/0, but its gradient in torch is 0: so is its curvature.
-    normalizer = torch.where(valid.any(), normalizer, torch.ones_like(normalizer))
-    return _reduced(mass * variance, c, reduction, normalizer)
+    weights, dim = cross_entropy_weights(a, z, c)
+    return (weights * _softmax_variance(z, u, dim)).sum()
 
 
 def _mse(a: Arguments, z: Tensor, u: Tensor, c: Tensor, scaling: RegressionScaling) -> Tensor:
-    shape = torch.broadcast_tensors(z, a["target"])[0].shape  # type: ignore[no-untyped-call]
-    squares = 2.0 * u.square().expand(shape)
-    weight = a.get("weight")
-    normalizer: Any = math.prod(shape)
-    if weight is not None:
-        squares, normalizer = squares * weight, weight.sum()
-    if scaling == "per_example" and a["reduction"] == "mean" and len(shape) > 0:
-        normalizer = normalizer * (shape[0] / math.prod(shape))
-    return _reduced(squares, c, a["reduction"], normalizer)
+    return (2.0 * u.square() * mse_weights(a, z, c, scaling)).sum()
 
 
 def _bce_with_logits(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
     p = torch.sigmoid(z)
-    form = u.square() * p * (1 - p)
-    if a["pos_weight"] is not None:
-        form = form * (1 + (a["pos_weight"] - 1) * a["target"])
-    if a["weight"] is not None:
-        form = form * a["weight"]
-    return _reduced(form, c, a["reduction"], z.numel())
+    return (u.square() * p * (1 - p) * bce_weights(a, z, c)).sum()
 
 
 def _bce(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
     # The Fisher of a Bernoulli in its probability; torch clamps the same product at 1e-12.
-    form = u.square() / (z * (1 - z)).clamp_min(1e-12)
-    if a["weight"] is not None:
-        form = form * a["weight"]
-    return _reduced(form, c, a["reduction"], z.numel())
+    return (u.square() / (z * (1 - z)).clamp_min(1e-12) * bce_weights(a, z, c)).sum()
 
 
 def _kl_div(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    # The target probabilities are the label mass.
-    mass = a["target"].exp() if a["log_target"] else a["target"]
-    if a["reduction"] == "none":
-        mass = c * mass
-    total = _mass_form(mass, z, u, -1)
-    if z.dim() > 2:  # noqa: PLR2004
-        # Classes are on axis 1 (images) or the last: where the log-probabilities sum to one.
-        off_first, off_last = (z.logsumexp(dim).abs().max() for dim in (1, -1))
-        total = torch.where(off_first < off_last, _mass_form(mass, z, u, 1), total)
-    if a["reduction"] == "none":
-        return total
-    normalizer = {"batchmean": z.shape[0] if z.dim() else 1, "mean": z.numel()}
-    scaled: Tensor = c * total / normalizer.get(a["reduction"], 1)
-    return scaled
+    def on_axis(dim: int) -> Tensor:
+        weights, _ = kl_div_weights(a, z, c, dim)
+        return (weights * _softmax_variance(z, u, dim)).sum()
 
-
-def _mass_form(mass: Tensor, z: Tensor, u: Tensor, dim: int) -> Tensor:
-    return (mass.sum(dim) * _softmax_variance(z, u, dim)).sum()
+    on_first = kl_div_on_first_axis(z)
+    total = on_axis(-1)
+    return total if on_first is None else torch.where(on_first, on_axis(1), total)
 
 
 _ClosedForm = Callable[[Arguments, Tensor, Tensor, Tensor, RegressionScaling], Tensor]
@@ -239,7 +278,7 @@ def generic_form(
         A 0-dim tensor.
     """
     with torch.enable_grad():
-        leaves = [_at_least_float32(z.detach()).clone().requires_grad_() for z in values]
+        leaves = [at_least_float32(z.detach()).clone().requires_grad_() for z in values]
         total = (coefficient * loss(leaves)).sum()
         grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
         slope = torch.stack(_products(grads, tangents)).sum()
@@ -269,9 +308,9 @@ def quadratic_form(
     Returns:
         A 0-dim tensor, in float32 or float64.
     """
-    values = [_at_least_float32(z) for z in values]
-    tangents = [_at_least_float32(u) for u in tangents]
-    coefficient = _at_least_float32(coefficient)
+    values = [at_least_float32(z) for z in values]
+    tangents = [at_least_float32(u) for u in tangents]
+    coefficient = at_least_float32(coefficient)
     closed = _CLOSED_FORMS.get(loss.function)
     if closed is None or loss.inputs != ("input",):
         return generic_form(loss, values, tangents, coefficient)

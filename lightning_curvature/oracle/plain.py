@@ -14,7 +14,6 @@ from lightning_curvature.oracle.record import (
     batch_versions,
     check_batch_unchanged,
     copied_containers,
-    loss_terms,
 )
 from lightning_curvature.oracle.window import DirectionalMethod
 
@@ -89,6 +88,7 @@ class ModelOracle(ClosureOracle):
 
     def close(self) -> None:
         """Remove the hooks from the model."""
+        super().close()
         for hook in self._hooks:
             hook.remove()
         self._forward = None
@@ -110,6 +110,9 @@ class ModelOracle(ClosureOracle):
         """Forget batches whose gradient is gone: their step was skipped (by a scaler, say)."""
         if not (self.recording or in_extra_pass()):
             self.records = []
+            self._samples.drop_finished()
+            for attachment in self.attachments:
+                attachment.clear()
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
@@ -160,7 +163,7 @@ class ModelOracle(ClosureOracle):
             return loss
         earlier = self._recorded()  # through with their backward before this batch came
         record = PassRecord(run, forward.environment)
-        record.terms = loss_terms(loss, capture.calls)
+        self.observe(record, loss, capture.calls)
         record.num_calls = len(capture.calls)
         record.versions = forward.versions + versions
         value = loss.detach().clone()
@@ -174,6 +177,7 @@ class ModelOracle(ClosureOracle):
             if record.loss is None and all(p.grad is None for p in self.params):
                 # Zeroed by the model, perhaps, after a step that was skipped.
                 self.records = [r for r in self.records if all(r is not e for e in earlier)]
+                self._samples.drop_finished()
             if self._grad_scaler is not None:
                 # Not get_scale(), which would wait for the device.
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))

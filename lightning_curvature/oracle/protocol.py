@@ -2,13 +2,17 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
+
+from lightning_curvature.oracle.labels import SamplePlan
 
 __all__ = [
+    "Attachment",
     "CurvatureKind",
     "Directional",
+    "HvpMethod",
     "MissingCapabilityError",
     "NoLossCapturedError",
     "Oracle",
@@ -17,6 +21,7 @@ __all__ = [
 
 CurvatureKind = Literal["fisher", "hessian"]
 RegressionScaling = Literal["mean", "per_example"]
+HvpMethod = Literal["auto", "double-backward", "fd"]
 
 
 class MissingCapabilityError(RuntimeError):
@@ -39,6 +44,16 @@ class Directional(NamedTuple):
     curvature: Tensor
 
 
+class Attachment(Protocol):
+    """Something that watches the passes for an optimizer and lives as long as its oracle."""
+
+    def clear(self) -> None:
+        """Forget what belongs to the present step."""
+
+    def close(self) -> None:
+        """Undo what was installed."""
+
+
 class Oracle(ABC):
     """Answers questions about the loss of the micro-batches of one optimizer step.
 
@@ -46,13 +61,22 @@ class Oracle(ABC):
     gradient the optimizer holds. Scalars are averaged over the ranks already.
 
     Attributes:
-        capabilities: What can be asked: any of "loss", "directional", "hvp".
+        capabilities: What can be asked: any of "loss", "directional", "hvp", "sampled", "layers".
         without_backward: Whether the training loop left out the backward of this step, so that the
             gradients are stale.
+        module: Module that holds the parameters, None if unknown.
+        plan: Tells what to sample in the main passes of the coming step, None for nothing; set by
+            the optimizer.
+        attachments: What else watches the passes, added by the optimizer.
     """
 
     capabilities: frozenset[str] = frozenset()
     without_backward: bool = False
+    module: nn.Module | None = None
+    plan: Callable[[], SamplePlan | None] | None = None
+
+    def __init__(self) -> None:
+        self.attachments: list[Attachment] = []
 
     @property
     @abstractmethod
@@ -95,8 +119,32 @@ class Oracle(ABC):
         """
 
     @abstractmethod
-    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
-        """Return the Hessian-vector product of the loss on this rank, one tensor per parameter."""
+    def hvp(
+        self, directions: Sequence[Tensor], *, method: HvpMethod = "double-backward"
+    ) -> list[Tensor]:
+        """Return the Hessian-vector product of the loss on this rank, one tensor per parameter.
+
+        Args:
+            directions: One tensor per parameter that has a gradient, as told to `select`.
+            method: "double-backward" is exact, "fd" takes central differences of gradients, "auto"
+                is the second in full precision and the first otherwise.
+        """
+
+    def sampled_squares(self) -> list[Tensor]:
+        """Return an estimate of the diagonal of the generalized Gauss-Newton matrix.
+
+        It comes from gradients under labels drawn from the model, as `plan` says; one tensor per
+        parameter that has a gradient, averaged over the ranks already.
+        """
+        raise NotImplementedError
+
+    def gradient(self) -> list[Tensor]:
+        """Return the gradient at the present parameters on this rank, by an eager extra pass."""
+        raise NotImplementedError
+
+    def mean_vectors(self, *vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Average lists of tensors over the ranks; one collective per dtype."""
+        raise NotImplementedError
 
     @abstractmethod
     def mean_(self, packed: Tensor) -> Tensor:
@@ -117,9 +165,10 @@ class Oracle(ABC):
     def select(self, params: Sequence[Tensor]) -> None:
         """Name the parameters that the vectors of the present step refer to."""
 
-    @abstractmethod
     def clear(self) -> None:
         """Forget the recorded micro-batches; called after every optimizer step."""
+        for attachment in self.attachments:
+            attachment.clear()
 
     def state(self) -> dict[str, Any]:
         """Return what of the oracle must survive a checkpoint, in plain types."""
@@ -142,5 +191,9 @@ class Oracle(ABC):
         """
         return None
 
-    def close(self) -> None:  # noqa: B027 - most oracles hold nothing that must be undone
+    def close(self) -> None:
         """Undo what the oracle installed on the model; called by ``detach``."""
+        for attachment in self.attachments:
+            attachment.close()
+        self.attachments = []
+        self.plan = None

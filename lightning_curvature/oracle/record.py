@@ -41,6 +41,10 @@ class LossTerm:
     coefficient: Tensor
     share: Tensor | None
 
+    def detached(self) -> "LossTerm":
+        """Return the same term without its graph."""
+        return LossTerm(self.index, self.loss.detached(), self.coefficient, self.share)
+
 
 @dataclass
 class PassRecord:
@@ -95,7 +99,7 @@ def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:
     """Decompose a total loss into the captured losses it depends on.
 
     One backward from the total to the captured losses; it ends there, so it costs next to nothing
-    and leaves the graph as it was.
+    and leaves the graph as it was. The terms hold on to the graph until they are detached.
 
     Args:
         total: Total loss, a scalar with its graph.
@@ -137,7 +141,7 @@ def loss_terms(total: Tensor, calls: Iterable[RawCall]) -> list[LossTerm]:
         value = call.output.detach()
         # Only a fresh loss still has the value that belongs to the coefficient.
         share = (coefficient * value).sum() if value._version == 0 else None
-        terms.append(LossTerm(index, loss.detached(), coefficient.detach(), share))
+        terms.append(LossTerm(index, loss, coefficient.detach(), share))
     return terms
 
 

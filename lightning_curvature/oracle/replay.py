@@ -2,7 +2,7 @@
 
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,7 @@ from lightning_curvature.oracle.extra_pass import ContextFactory, extra_pass
 from lightning_curvature.oracle.heads import BoundLoss, bind_loss
 from lightning_curvature.oracle.record import LossTerm, PassRecord, check_batch_unchanged
 
-__all__ = ["Replay", "is_compiled", "load_forward_mode", "matched_terms"]
+__all__ = ["Replay", "eager", "is_compiled", "load_forward_mode", "matched_terms"]
 
 
 class Replay:
@@ -151,6 +151,12 @@ def matched_terms(record: PassRecord, calls: Sequence[RawCall]) -> list[tuple[Lo
             "same when it sees the same batch again."
         )
     return matched
+
+
+def eager() -> AbstractContextManager[None]:
+    """Make a context in which compiled code runs as it was written."""
+    context: AbstractContextManager[None] = torch.compiler.set_stance("force_eager")
+    return context
 
 
 def is_compiled(module: nn.Module) -> bool:

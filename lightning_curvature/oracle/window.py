@@ -1,13 +1,11 @@
 """WindowOracle: answers over the micro-batches of one optimizer step."""
 
-import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature import vectors
 from lightning_curvature.checks import check_choice
 from lightning_curvature.oracle.directional import (
     PROBE_LENGTHS,
@@ -15,17 +13,17 @@ from lightning_curvature.oracle.directional import (
     finite_differences,
     forward_mode,
     hessian_form,
-    hessian_product,
 )
 from lightning_curvature.oracle.extra_pass import ContextFactory
+from lightning_curvature.oracle.products import difference_product, exact_product
 from lightning_curvature.oracle.protocol import (
     CurvatureKind,
     Directional,
-    Oracle,
+    HvpMethod,
     RegressionScaling,
 )
-from lightning_curvature.oracle.record import PassRecord, no_loss_captured
-from lightning_curvature.oracle.replay import Replay
+from lightning_curvature.oracle.record import PassRecord
+from lightning_curvature.oracle.recorded import RecordedOracle, is_out_of_memory
 from lightning_curvature.oracle.self_check import TOLERANCES, SelfCheck
 
 __all__ = ["DirectionalMethod", "WindowOracle"]
@@ -37,7 +35,7 @@ _Question = tuple[Sequence[Tensor], CurvatureKind, RegressionScaling, Sequence[T
 _UNMODELED_LIMIT = 0.2
 
 
-class WindowOracle(Oracle):
+class WindowOracle(RecordedOracle):
     """Answers over the recorded micro-batches of one optimizer step.
 
     Args:
@@ -51,22 +49,12 @@ class WindowOracle(Oracle):
         contexts: Makers of contexts that every extra pass enters.
 
     Attributes:
-        params: Parameters of the optimizer, in its order.
-        module: Module that holds them.
-        records: The micro-batches of the window.
         method: Method that `directional` uses: "fd", "jvp", or None before the first ask.
         self_check: Deviation between the measured slope and <grad, d>.
-        clip_factor: What gradient clipping by norm multiplied the gradient with; None if it did
-            not happen.
-        clipped_by_value: Whether gradients were clipped by value in this step.
-        partial: Whether the records are only a part of the data behind the gradient.
-        unchanging_buffers: Ids of large buffers that main passes leave alone.
 
     Raises:
         ValueError: If some parameters are not in the module.
     """
-
-    capabilities = frozenset({"loss", "directional", "hvp"})
 
     def __init__(
         self,
@@ -78,109 +66,28 @@ class WindowOracle(Oracle):
         contexts: Sequence[ContextFactory] = (),
     ) -> None:
         check_choice("directional", directional, ("auto", "fd", "jvp"))
-        self.params = list(params)
-        self.module = module
-        self.records: list[PassRecord] = []
+        super().__init__(params, module, mean=mean, contexts=contexts)
+        self.capabilities = frozenset({"loss", "directional", "hvp", "sampled"})
+        if module is not None:
+            self.capabilities |= {"layers"}
         self.method: Literal["fd", "jvp"] | None = None
         self.self_check = SelfCheck()
-        self.clip_factor: Tensor | None = None
-        self.clipped_by_value = False
-        self.partial = False
-        self.without_backward = False
         self._gradient_differs = False
-        self._has_captured = False
         self._choice: str | None = None
         self._resumed: dict[str, Any] = {}
-        self.unchanging_buffers: set[int] = set()
         self._wanted_method: DirectionalMethod = directional
-        self._mean = mean
-        self._replay = Replay(module, contexts)
-        self._active = list(params)
-        self._base_loss: Tensor | None = None
         self._tried: set[str] = set()
-        self._warned: set[str] = set()
-        if module is not None:
-            missing = sum(id(p) not in self._replay.parameters for p in self.params)
-            if missing:
-                raise ValueError(
-                    f"{missing} of {len(self.params)} optimized parameters are not in the attached "
-                    f"{type(module).__name__}: its loss cannot be evaluated along them. Attach the "
-                    "module that holds all parameters of the optimizer."
-                )
-
-    # The window
-
-    @property
-    def ready(self) -> bool:
-        """Whether a main pass was recorded for the present step."""
-        return bool(self._recorded())
-
-    @property
-    def device(self) -> torch.device:
-        """Device of the parameters."""
-        return self.params[0].device
-
-    def _recorded(self) -> list[PassRecord]:
-        return [record for record in self.records if record.loss is not None]
+        self._impossible: set[str] = set()
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Run the main pass by calling ``closure`` exactly once and return its result."""
         return closure()
-
-    def add(self, record: PassRecord) -> None:
-        """Add a micro-batch to the window."""
-        self.records.append(record)
-
-    def select(self, params: Sequence[Tensor]) -> None:
-        """Name the parameters that the vectors of the present step refer to."""
-        self._active = list(params)
-
-    def clear(self) -> None:
-        """Forget the recorded micro-batches."""
-        self.records = []
-        self._base_loss = None
-        self.clip_factor = None
-        self.clipped_by_value = False
-        self.without_backward = False
-
-    def mean_(self, packed: Tensor) -> Tensor:
-        """Average a tensor of packed scalars over the ranks; one collective."""
-        return packed if self._mean is None else self._mean(packed)
 
     def grad_slope(self, slope: Tensor) -> Tensor | None:
         """Undo the gradient clipping of the training loop in <grad, d>."""
         if self.clipped_by_value or self._gradient_differs:
             return None
         return slope if self.clip_factor is None else slope / self.clip_factor.to(slope.dtype)
-
-    # Losses
-
-    def _local(self, total: Callable[[PassRecord], Tensor]) -> Tensor:
-        """Return the weighted sum of a scalar over the micro-batches of this rank."""
-        records = self._recorded()
-        if not records:
-            raise RuntimeError(
-                "The oracle was asked before a main pass was recorded: compute the loss and its "
-                "gradient first."
-            )
-        dtype = vectors.scalar_dtype(self.params)
-        return torch.stack([total(record).to(dtype) * record.weight for record in records]).sum()
-
-    def base_loss(self) -> Tensor:
-        """Return the loss of the main pass, a 0-dim tensor."""
-        if self._base_loss is None:
-            self._base_loss = self.mean_(self._local(PassRecord.total).reshape(1))[0]
-        return self._base_loss
-
-    @torch.no_grad()
-    def loss(self) -> Tensor:
-        """Return the loss at the present parameters; one forward per micro-batch."""
-        new = self._local(self._replay.total_alone)
-        if self._base_loss is not None:
-            return self.mean_(new.reshape(1))[0]
-        packed = self.mean_(torch.stack([new, self._local(PassRecord.total)]))
-        self._base_loss = packed[1]
-        return packed[0]
 
     # Derivatives
 
@@ -238,19 +145,6 @@ class WindowOracle(Oracle):
         unmodeled = (base - modeled).abs() / size
         return Directional(slope, curvature), unmodeled, roundoff, differences
 
-    def _check_captured(self) -> None:
-        """Check once that some rank has seen a loss function; waits for the device.
-
-        Later batches without one have no curvature: none of their examples has a target, say.
-        """
-        if self._has_captured:
-            return
-        found = any(record.terms for record in self._recorded())
-        flag = torch.tensor([float(found)], device=self.device)
-        if not float(self.mean_(flag)) > 0:
-            raise no_loss_captured()
-        self._has_captured = True
-
     def _fisher(
         self,
         direction: Sequence[Tensor],
@@ -264,7 +158,7 @@ class WindowOracle(Oracle):
         try:
             return forward_mode(*arguments)
         except (NotImplementedError, RuntimeError) as error:
-            if self._wanted_method == "jvp" or _is_out_of_memory(error):
+            if self._wanted_method == "jvp" or is_out_of_memory(error):
                 raise
             self._warn(
                 "jvp",
@@ -340,15 +234,27 @@ class WindowOracle(Oracle):
     def _autocast(self) -> bool:
         return any(record.environment.autocast[0] for record in self._recorded())
 
-    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
-        """Return the Hessian-vector product of the loss on this rank, by double backward."""
-        sums = [torch.zeros_like(p) for p in self._active]
-        for record in self._recorded():
-            _, parts = hessian_product(self._replay, record, self._active, directions)
-            for total, part in zip(sums, parts, strict=True):
-                if part is not None:
-                    total.add_(part * record.weight)
-        return sums
+    def hvp(
+        self, directions: Sequence[Tensor], *, method: HvpMethod = "double-backward"
+    ) -> list[Tensor]:
+        """Return the Hessian-vector product of the loss on this rank; see `Oracle.hvp`."""
+        if method == "auto":
+            precise = self._precision() is None and self._full_precision()
+            method = "fd" if precise else "double-backward"
+        if method == "fd" or "double-backward" in self._impossible:
+            return difference_product(self._replay, self._recorded(), self._active, directions)
+        try:
+            return exact_product(self._replay, self._recorded(), self._active, directions)
+        except (NotImplementedError, RuntimeError) as error:
+            if is_out_of_memory(error):
+                raise
+            self._impossible.add("double-backward")
+            self._warn(
+                "double-backward",
+                f"This model cannot be differentiated twice ({error}); Hessian-vector products "
+                "come from central differences of gradients instead.",
+            )
+            return difference_product(self._replay, self._recorded(), self._active, directions)
 
     # Self-check
 
@@ -441,18 +347,6 @@ class WindowOracle(Oracle):
             "does not know (a generator of its own), reentrant checkpointing, a custom "
             "autograd.Function, or a training_step with side effects on its own result.",
         )
-
-    def _warn(self, key: str, message: str) -> None:
-        if key not in self._warned:
-            self._warned.add(key)
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # The allocator of the CPU, drivers and libraries raise an ordinary RuntimeError.
-    text = str(error)
-    plain = "can't allocate memory" in text or "out of memory" in text
-    return plain or isinstance(error, torch.OutOfMemoryError)
 
 
 def _close(one: float, other: float) -> bool:

@@ -26,7 +26,6 @@ from lightning_curvature.oracle.record import (
     batch_versions,
     check_batch_unchanged,
     copied_containers,
-    loss_terms,
 )
 from lightning_curvature.oracle.replay import is_compiled
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
@@ -197,10 +196,10 @@ class StepRecorder:
                 environment=environment,
                 weight=self._weight(),
                 loss=loss.detach().clone(),
-                terms=loss_terms(loss, capture.calls),
                 num_calls=len(capture.calls),
                 versions=versions,
             )
+            oracle.observe(record, loss, capture.calls)
             oracle.add(record)
         return output
 

@@ -1,0 +1,98 @@
+"""Labels drawn from the model: who draws them, and what an optimizer wants of them."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lightning_curvature.oracle.streams import stream
+
+__all__ = ["LabelSampler", "SamplePlan", "Squared"]
+
+Squared = Literal["micro_batch", "window"]
+
+
+class LabelSampler:
+    """Draws labels; every loss call of every micro-batch has a stream of its own.
+
+    Args:
+        *key: Seed, step, rank and so on.
+    """
+
+    def __init__(self, *key: int | str) -> None:
+        self._key = key
+
+    def _stream(self, like: Tensor, *key: int | str) -> torch.Generator:
+        return stream(like.device, "labels", *self._key, *key)
+
+    def categorical(self, probabilities: Tensor, dim: int, call: int) -> Tensor:
+        """Draw class numbers.
+
+        Args:
+            probabilities: They sum to one along ``dim``.
+            dim: Axis of the classes.
+            call: Number of the loss call.
+
+        Returns:
+            Integers, of the shape of ``probabilities`` without ``dim``.
+        """
+        heights = probabilities.cumsum(dim)
+        top = heights.narrow(dim, -1, 1)
+        u = torch.rand(
+            top.shape, dtype=top.dtype, device=top.device, generator=self._stream(top, call)
+        )
+        return (heights <= u * top).sum(dim).clamp_max(probabilities.shape[dim] - 1)
+
+    def bernoulli(self, probabilities: Tensor, call: int) -> Tensor:
+        """Draw zeros and ones, of the shape and dtype of ``probabilities``."""
+        u = torch.rand(
+            probabilities.shape,
+            dtype=probabilities.dtype,
+            device=probabilities.device,
+            generator=self._stream(probabilities, call),
+        )
+        return (u < probabilities).to(probabilities.dtype)
+
+    def normal(self, mean: Tensor, call: int) -> Tensor:
+        """Draw standard normal noise of the shape of ``mean``, the model's prediction."""
+        generator = self._stream(mean, call)
+        return torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
+
+    def signs(self, like: Tensor, call: int) -> Tensor:
+        """Draw +1 and -1 of the shape of ``like``."""
+        return 2 * self.bernoulli(torch.full_like(like, 0.5), call) - 1
+
+
+@dataclass(frozen=True)
+class SamplePlan:
+    """What an optimizer wants of the main passes of the coming step.
+
+    Attributes:
+        seed: Seed of the labels.
+        step: Number of the step.
+        squared: "micro_batch" squares the gradient of every micro-batch on every rank and averages
+            the squares; "window" adds the gradients up and squares their sum. Both are unbiased;
+            the first has the smaller variance, by the number of micro-batches and ranks.
+        fraction: Share of the micro-batches to use, in (0, 1].
+        clip_norm: Largest norm of a gradient of the mean loss under drawn labels, None for any.
+        again: Whether to sample in a pass of its own, at the parameters after the step.
+        sampler: Class that draws.
+    """
+
+    seed: int
+    step: int
+    squared: Squared = "micro_batch"
+    fraction: float = 1.0
+    clip_norm: float | None = None
+    again: bool = False
+    sampler: type[LabelSampler] = LabelSampler
+
+    def wants(self, index: int) -> bool:
+        """Tell whether a micro-batch belongs to the fraction; the first always does.
+
+        Args:
+            index: Number of the micro-batch in its window.
+        """
+        before, after = (-int(-(i * self.fraction) // 1) for i in (index, index + 1))
+        return after > before

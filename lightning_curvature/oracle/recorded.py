@@ -1,0 +1,283 @@
+"""RecordedOracle: the recorded micro-batches of one optimizer step, and what they say at once.
+
+Losses, gradients and samples; `window.py` adds what needs a second look along a direction.
+"""
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature import vectors
+from lightning_curvature.oracle.capture import LossCapture, RawCall
+from lightning_curvature.oracle.extra_pass import ContextFactory
+from lightning_curvature.oracle.labels import SamplePlan
+from lightning_curvature.oracle.products import gradients
+from lightning_curvature.oracle.protocol import Oracle
+from lightning_curvature.oracle.ranks import rank, world_size
+from lightning_curvature.oracle.record import LossTerm, PassRecord, loss_terms, no_loss_captured
+from lightning_curvature.oracle.replay import Replay, eager, matched_terms
+from lightning_curvature.oracle.sampling import sample_gradients
+from lightning_curvature.oracle.window_samples import WindowSamples
+
+__all__ = ["RecordedOracle", "is_out_of_memory"]
+
+
+class RecordedOracle(Oracle):
+    """Holds the recorded micro-batches of one optimizer step.
+
+    Args:
+        params: Parameters of the optimizer, in its order.
+        module: Module that holds them; None if unknown (buffers are not protected).
+        mean: Averages a tensor over the ranks and returns it; None for one process.
+        contexts: Makers of contexts that every extra pass enters.
+
+    Attributes:
+        params: Parameters of the optimizer, in its order.
+        module: Module that holds them.
+        records: The micro-batches of the window.
+        clip_factor: What gradient clipping by norm multiplied the gradient with; None if it did
+            not happen.
+        clipped_by_value: Whether gradients were clipped by value in this step.
+        partial: Whether the records are only a part of the data behind the gradient.
+        unchanging_buffers: Ids of large buffers that main passes leave alone.
+
+    Raises:
+        ValueError: If some parameters are not in the module.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        module: nn.Module | None,
+        *,
+        mean: Callable[[Tensor], Tensor] | None = None,
+        contexts: Sequence[ContextFactory] = (),
+    ) -> None:
+        super().__init__()
+        self.params = list(params)
+        self.module = module
+        self.records: list[PassRecord] = []
+        self.clip_factor: Tensor | None = None
+        self.clipped_by_value = False
+        self.partial = False
+        self.without_backward = False
+        self.unchanging_buffers: set[int] = set()
+        self._mean = mean
+        self._replay = Replay(module, contexts)
+        self._active = list(params)
+        self._base_loss: Tensor | None = None
+        self._has_captured = False
+        self._warned: set[str] = set()
+        self._samples = WindowSamples()
+        self._samples_again = self._replay.compiled
+        if module is not None:
+            missing = sum(id(p) not in self._replay.parameters for p in self.params)
+            if missing:
+                raise ValueError(
+                    f"{missing} of {len(self.params)} optimized parameters are not in the attached "
+                    f"{type(module).__name__}: its loss cannot be evaluated along them. Attach the "
+                    "module that holds all parameters of the optimizer."
+                )
+
+    # The window
+
+    @property
+    def ready(self) -> bool:
+        """Whether a main pass was recorded for the present step."""
+        return bool(self._recorded())
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the parameters."""
+        return self.params[0].device
+
+    def _recorded(self) -> list[PassRecord]:
+        return [record for record in self.records if record.loss is not None]
+
+    def add(self, record: PassRecord) -> None:
+        """Add a micro-batch to the window."""
+        self.records.append(record)
+
+    def observe(self, record: PassRecord, total: Tensor, calls: Sequence[RawCall]) -> None:
+        """Learn what a main pass has computed, while its graph is there.
+
+        Args:
+            record: The pass.
+            total: Its loss, or a part of it.
+            calls: The loss calls captured in it.
+        """
+        terms = loss_terms(total, calls)
+        if terms:
+            self._sample(record, terms)
+        record.terms += [term.detached() for term in terms]
+
+    def select(self, params: Sequence[Tensor]) -> None:
+        """Name the parameters that the vectors of the present step refer to."""
+        self._active = list(params)
+
+    def clear(self) -> None:
+        """Forget the recorded micro-batches."""
+        super().clear()
+        self._forget()
+        self.clip_factor = None
+        self.clipped_by_value = False
+        self.without_backward = False
+
+    def _forget(self) -> None:
+        self.records = []
+        self._base_loss = None
+        self._samples = WindowSamples()
+
+    # Ranks
+
+    def mean_(self, packed: Tensor) -> Tensor:
+        """Average a tensor of packed scalars over the ranks; one collective."""
+        return packed if self._mean is None else self._mean(packed)
+
+    def mean_vectors(self, *vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+        """Average lists of tensors over the ranks; one collective per dtype."""
+        lists = [list(vector) for vector in vectors]
+        if self._mean is None:
+            return lists
+        flat = [x for one in lists for x in one]
+        for dtype in dict.fromkeys(x.dtype for x in flat):
+            chosen = [i for i, x in enumerate(flat) if x.dtype == dtype]
+            packed = self._mean(torch.cat([flat[i].reshape(-1) for i in chosen]))
+            parts = torch.split(packed, [flat[i].numel() for i in chosen])
+            for i, part in zip(chosen, parts, strict=True):
+                flat[i] = part.view(flat[i].shape)
+        rest = iter(flat)
+        return [[next(rest) for _ in one] for one in lists]
+
+    # Losses
+
+    def _local(self, total: Callable[[PassRecord], Tensor]) -> Tensor:
+        """Return the weighted sum of a scalar over the micro-batches of this rank."""
+        records = self._recorded()
+        if not records:
+            raise RuntimeError(
+                "The oracle was asked before a main pass was recorded: compute the loss and its "
+                "gradient first."
+            )
+        dtype = vectors.scalar_dtype(self.params)
+        return torch.stack([total(record).to(dtype) * record.weight for record in records]).sum()
+
+    def base_loss(self) -> Tensor:
+        """Return the loss of the main pass, a 0-dim tensor."""
+        if self._base_loss is None:
+            self._base_loss = self.mean_(self._local(PassRecord.total).reshape(1))[0]
+        return self._base_loss
+
+    @torch.no_grad()
+    def loss(self) -> Tensor:
+        """Return the loss at the present parameters; one forward per micro-batch."""
+        new = self._local(self._replay.total_alone)
+        if self._base_loss is not None:
+            return self.mean_(new.reshape(1))[0]
+        packed = self.mean_(torch.stack([new, self._local(PassRecord.total)]))
+        self._base_loss = packed[1]
+        return packed[0]
+
+    def _check_captured(self) -> None:
+        """Check once that some rank has seen a loss function; waits for the device.
+
+        Later batches without one have no curvature: none of their examples has a target, say.
+        """
+        if self._has_captured:
+            return
+        found = any(record.terms for record in self._recorded())
+        flag = torch.tensor([float(found)], device=self.device)
+        if not float(self.mean_(flag)) > 0:
+            raise no_loss_captured()
+        self._has_captured = True
+
+    # Gradients
+
+    def gradient(self) -> list[Tensor]:
+        """Return the gradient at the present parameters on this rank, by an eager extra pass."""
+        return gradients(self._replay, self._recorded(), self._active)
+
+    def sampled_squares(self) -> list[Tensor]:
+        """Return an estimate of the diagonal of the generalized Gauss-Newton matrix.
+
+        Raises:
+            NoLossCapturedError: If the curvature of the loss is unknown.
+            RuntimeError: If nothing was planned.
+        """
+        plan = self.plan() if self.plan is not None else None
+        if plan is None:
+            raise RuntimeError("Samples were not planned for this step.")
+        self._check_captured()
+        records = self._recorded()
+        if plan.again or self._samples_again:
+            self._samples = WindowSamples()
+            for record in records:
+                self._sample_again(plan, record)
+        self._samples.fold(plan)
+        return self._samples.squares(
+            plan,
+            self.params,
+            self._active,
+            sum(record.weight for record in records),
+            self.mean_vectors,
+            world_size() if self._mean is not None else 1,
+        )
+
+    def _sample(self, record: PassRecord, terms: Sequence[LossTerm]) -> None:
+        """Sample on the graph of a main pass if the plan is to."""
+        plan = self.plan() if self.plan is not None else None
+        if plan is None or plan.again or self._samples_again:
+            return
+        # The gradients of one micro-batch wait until its weight is known, not those of all.
+        self._samples.fold(plan)
+        try:
+            self._draw(plan, record, terms)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            self._samples_again = True
+            self._warn(
+                "sample",
+                f"Labels cannot be sampled on the graph of the main pass ({error}); an extra "
+                "forward pass is run for them instead.",
+            )
+
+    def _sample_again(self, plan: SamplePlan, record: PassRecord) -> None:
+        with (
+            torch.enable_grad(),
+            eager(),
+            LossCapture() as capture,
+            self._replay.running(record),
+        ):
+            terms = [
+                LossTerm(term.index, loss, term.coefficient, None)
+                for term, loss in matched_terms(record, capture.calls)
+            ]
+            self._draw(plan, record, terms)
+
+    def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
+        index = self._samples.index(record)
+        if not plan.wants(index):
+            self._samples.add(record, None)
+            return
+        own = rank() if self._mean is not None else 0
+        sampler = plan.sampler(plan.seed, plan.step, own, index)
+        with torch.enable_grad():
+            sample = sample_gradients(terms, self.params, sampler)
+        if sample is not None:
+            self._samples.add(record, sample)
+
+    def _warn(self, key: str, message: str) -> None:
+        if key not in self._warned:
+            self._warned.add(key)
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether memory ran out, which another method would not mend."""
+    # The allocator of the CPU, drivers and libraries raise an ordinary RuntimeError.
+    text = str(error)
+    plain = "can't allocate memory" in text or "out of memory" in text
+    return plain or isinstance(error, torch.OutOfMemoryError)

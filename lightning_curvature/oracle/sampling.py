@@ -1,0 +1,181 @@
+r"""Gradients under labels drawn from the model: the Gauss-Newton-Bartlett estimator.
+
+A loss sum_i a_i l(z_i, y_i) over examples (and positions) i with weights a_i has the generalized
+Gauss-Newton matrix G = sum_i a_i J_i^T H_i J_i. With labels drawn from the model's own likelihood
+the scores s_i = dl/dz_i are independent, have mean zero and covariance H_i, so for
+
+    g = sum_i sqrt(a_i) J_i^T s_i        E[g g^T] = G.
+
+For the mean over B examples this is sqrt(B) times the gradient of the mean loss, whose square is
+the B g*g of Liu et al., arXiv:2305.14342, algorithm 2; in this form the factor B is never needed,
+and masked positions, ragged batches, class weights, sums and several losses come out right. The
+draw goes in as a gradient with respect to the logits, so one backward through a graph that exists
+is all it costs.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lightning_curvature.oracle.heads import (
+    Arguments,
+    BoundLoss,
+    at_least_float32,
+    bce_weights,
+    cross_entropy_weights,
+    kl_div_on_first_axis,
+    kl_div_weights,
+    mse_weights,
+)
+from lightning_curvature.oracle.labels import LabelSampler
+from lightning_curvature.oracle.record import LossTerm
+
+__all__ = ["Sample", "sample_gradients"]
+
+
+class Sample(NamedTuple):
+    """What one micro-batch says.
+
+    Attributes:
+        grads: g, one tensor per parameter; None where the loss does not depend on it.
+        mass: Sum of the weights a_i, a 0-dim tensor.
+        squared_mass: Sum of their squares per example.
+    """
+
+    grads: list[Tensor | None]
+    mass: Tensor
+    squared_mass: Tensor
+
+
+class _Root(NamedTuple):
+    """Gradients with respect to the inputs of a loss, and the weight of each example."""
+
+    values: dict[str, Tensor]
+    weights: Tensor
+
+
+def sample_gradients(
+    terms: Sequence[LossTerm], params: Sequence[Tensor], sampler: LabelSampler
+) -> Sample | None:
+    """Draw labels for the losses of a pass and differentiate; its graph is kept.
+
+    Args:
+        terms: The losses, connected to the graph.
+        params: Parameters to differentiate with respect to.
+        sampler: Draws the labels.
+
+    Returns:
+        The sample, None if no loss depends on the parameters.
+    """
+    outputs, roots, masses, squares = [], [], [], []
+    for term in terms:
+        root = _root(term, sampler)
+        masses.append(root.weights.sum())
+        squares.append(root.weights.square().sum())
+        for name, value in root.values.items():
+            output = term.loss.arguments[name]
+            outputs.append(output)
+            roots.append(value.to(output.dtype))
+    if not outputs:
+        return None
+    grads = torch.autograd.grad(outputs, params, roots, retain_graph=True, allow_unused=True)
+    return Sample(list(grads), torch.stack(masses).sum(), torch.stack(squares).sum())
+
+
+def _root(term: LossTerm, sampler: LabelSampler) -> _Root:
+    """Draw for one loss call."""
+    loss = term.loss.detached()
+    arguments: Arguments = loss.arguments
+    coefficient = at_least_float32(term.coefficient.detach())
+    if loss.inputs == ("input",):
+        z = at_least_float32(arguments["input"])
+        if loss.function in (F.cross_entropy, F.nll_loss):
+            weights, dim = cross_entropy_weights(arguments, z, coefficient)
+            return _softmax_root(z, weights, dim, sampler, term.index)
+        if loss.function is F.kl_div:
+            return _kl_div_root(arguments, z, coefficient, sampler, term.index)
+        if loss.function is F.binary_cross_entropy_with_logits:
+            weights = bce_weights(arguments, z, coefficient).clamp_min(0.0)
+            p = torch.sigmoid(z)
+            value = weights.sqrt() * (p - sampler.bernoulli(p, term.index))
+            return _Root({"input": value}, _per_example(weights))
+        if loss.function is F.binary_cross_entropy:
+            weights = bce_weights(arguments, z, coefficient).clamp_min(0.0)
+            scale = (z * (1 - z)).clamp_min(1e-12)
+            value = weights.sqrt() * (z - sampler.bernoulli(z, term.index)) / scale
+            return _Root({"input": value}, _per_example(weights))
+    if loss.function is F.mse_loss:
+        return _mse_root(loss, coefficient, sampler, term.index)
+    return _generic_root(loss, coefficient, sampler, term.index)
+
+
+def _softmax_root(z: Tensor, weights: Tensor, dim: int, sampler: LabelSampler, call: int) -> _Root:
+    weights = weights.clamp_min(0.0)
+    p = torch.softmax(z, dim)
+    labels = sampler.categorical(p, dim, call).unsqueeze(dim)
+    score = p.scatter_add(dim, labels, torch.full_like(p.narrow(dim, 0, 1), -1.0))
+    return _Root({"input": score * weights.sqrt().unsqueeze(dim)}, weights)
+
+
+def _kl_div_root(
+    arguments: Arguments, z: Tensor, coefficient: Tensor, sampler: LabelSampler, call: int
+) -> _Root:
+    last = _softmax_root(z, *kl_div_weights(arguments, z, coefficient, -1), sampler, call)
+    on_first = kl_div_on_first_axis(z)
+    if on_first is None:
+        return last
+    first = _softmax_root(z, *kl_div_weights(arguments, z, coefficient, 1), sampler, call)
+    value = torch.where(on_first, first.values["input"], last.values["input"])
+    weights = torch.where(on_first, _per_example(first.weights), _per_example(last.weights))
+    return _Root({"input": value}, weights)
+
+
+def _mse_root(loss: BoundLoss, coefficient: Tensor, sampler: LabelSampler, call: int) -> _Root:
+    # The loss is the negative log-likelihood of a normal distribution of variance 1 / (2 a).
+    z = at_least_float32(loss.arguments["input"])
+    weights = mse_weights(loss.arguments, z, coefficient).clamp_min(0.0)
+    noise = sampler.normal(z.expand(weights.shape), call)
+    value = (2 * weights).sqrt() * noise
+    signs = {"input": 1.0, "target": -1.0}
+    values = {
+        name: (signs[name] * value).sum_to_size(loss.arguments[name].shape)
+        for name in loss.inputs
+        if name in signs
+    }
+    return _Root(values, _per_example(weights))
+
+
+def _generic_root(loss: BoundLoss, coefficient: Tensor, sampler: LabelSampler, call: int) -> _Root:
+    """Use the root of the loss's own second derivative, with random signs.
+
+    It is exact for losses that act on every entry by itself, as those of torch do; curvature below
+    zero counts as zero.
+    """
+    with torch.enable_grad():
+        leaves = [at_least_float32(z).clone().requires_grad_() for z in loss.values()]
+        total = (coefficient * loss(leaves)).sum()
+        grads: Sequence[Tensor | None] = torch.autograd.grad(
+            total, leaves, create_graph=True, allow_unused=True
+        )
+        values = {}
+        for number, (name, leaf, grad) in enumerate(zip(loss.inputs, leaves, grads, strict=True)):
+            value = torch.zeros_like(leaf)
+            if grad is not None and grad.requires_grad:
+                signs = sampler.signs(leaf.detach(), call + number)
+                (product,) = torch.autograd.grad(
+                    (grad * signs).sum(), leaf, retain_graph=True, materialize_grads=True
+                )
+                value = signs * (signs * product).clamp_min(0.0).sqrt()
+            values[name] = value.detach()
+    shape = leaves[0].shape
+    size = leaves[0].numel() if loss.arguments.get("reduction", "mean") == "mean" else 1
+    weights = (coefficient / max(size, 1)).abs().expand(shape)
+    return _Root(values, _per_example(weights))
+
+
+def _per_example(weights: Tensor) -> Tensor:
+    """Add the weights of the outputs of an example up."""
+    return weights.flatten(1).sum(1) if weights.dim() > 1 else weights
