@@ -5,13 +5,21 @@ Importing the package registers the strategies 'single_device_curvature' and 'dd
 
 from lightning_curvature.__about__ import __version__
 from lightning_curvature.callbacks import CurvatureCallback, CurvatureMonitor
-from lightning_curvature.optim import SGDQLR, AdamQLR, CurvatureOptimizer
+from lightning_curvature.optim import (
+    SGDQLR,
+    AdaHessian,
+    AdamQLR,
+    CurvatureOptimizer,
+    SophiaG,
+    SophiaH,
+)
 from lightning_curvature.oracle import declare_loss, in_extra_pass
 from lightning_curvature.registry import OptimizerInfo, get_optimizer_info, list_optimizers
 from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCurvatureStrategy
 
 __all__ = [
     "SGDQLR",
+    "AdaHessian",
     "AdamQLR",
     "CurvatureCallback",
     "CurvatureMonitor",
@@ -19,6 +27,8 @@ __all__ = [
     "DDPCurvatureStrategy",
     "OptimizerInfo",
     "SingleDeviceCurvatureStrategy",
+    "SophiaG",
+    "SophiaH",
     "__version__",
     "declare_loss",
     "get_optimizer_info",

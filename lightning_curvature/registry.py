@@ -2,9 +2,12 @@
 
 from dataclasses import dataclass
 
+from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.sgdqlr import SGDQLR
+from lightning_curvature.optim.sophiag import SophiaG
+from lightning_curvature.optim.sophiah import SophiaH
 
 __all__ = ["OptimizerInfo", "get_optimizer_info", "list_optimizers"]
 
@@ -50,6 +53,33 @@ _ROWS = (
         copies=0,
         paper="2310.14963",
         summary="Gradient descent with a learning rate and damping derived from curvature.",
+    ),
+    OptimizerInfo(
+        name="sophiag",
+        cls=SophiaG,
+        asks=SophiaG.asks,
+        passes="1 forward+backward; every 10th step 1 backward",
+        copies=2,
+        paper="2305.14342",
+        summary="Clipped steps scaled by the Gauss-Newton diagonal under sampled labels.",
+    ),
+    OptimizerInfo(
+        name="sophiah",
+        cls=SophiaH,
+        asks=SophiaH.asks,
+        passes="1 forward+backward; every 10th step 2 forward+backward",
+        copies=2,
+        paper="2305.14342",
+        summary="Clipped steps scaled by the Hessian diagonal from random products.",
+    ),
+    OptimizerInfo(
+        name="adahessian",
+        cls=AdaHessian,
+        asks=AdaHessian.asks,
+        passes="3 forward+backward",
+        copies=2,
+        paper="2006.00719",
+        summary="Adam with the Hessian diagonal in the place of the squared gradient.",
     ),
 )
 

@@ -1,7 +1,10 @@
 """Optimizers; ordinary `torch.optim.Optimizer` classes."""
 
+from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.sgdqlr import SGDQLR
+from lightning_curvature.optim.sophiag import SophiaG
+from lightning_curvature.optim.sophiah import SophiaH
 
-__all__ = ["SGDQLR", "AdamQLR", "CurvatureOptimizer"]
+__all__ = ["SGDQLR", "AdaHessian", "AdamQLR", "CurvatureOptimizer", "SophiaG", "SophiaH"]

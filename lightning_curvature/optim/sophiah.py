@@ -1,0 +1,140 @@
+"""SophiaH: Sophia with Hutchinson's estimator.
+
+Liu et al., ICLR 2024, arXiv:2305.14342, algorithm 1; see `sophia.py` for the update. There is no
+official PyTorch code. Where it differs from the paper: probes are signs by default, which removes
+the part of the variance that the diagonal itself causes.
+"""
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from lightning_curvature.checks import check_choice, check_interval
+from lightning_curvature.curvature.diagonal import Distribution, ProbeSampler, hutchinson
+from lightning_curvature.optim.sophia import HessianTiming, SophiaOptimizer
+from lightning_curvature.oracle.protocol import HvpMethod, Oracle
+
+__all__ = ["SophiaH"]
+
+
+class SophiaH(SophiaOptimizer):
+    r"""Clipped steps scaled by the diagonal of the Hessian, from random products.
+
+    .. math::
+        m \leftarrow \beta_1 m + (1-\beta_1) g, \quad
+        h \leftarrow \beta_2 h + (1-\beta_2)\, z \odot (H z) \text{ every } k \text{ steps}, \quad
+        \theta \leftarrow (1 - \eta\lambda)\theta
+            - \eta\,\mathrm{clip}\Bigl(\frac{m}{\max(\rho h, \epsilon)}, 1\Bigr)
+
+    h is signed: where the curvature is not positive, the entry moves by ``lr`` along the sign of
+    the momentum. Unlike `SophiaG` it works for every loss and uses the whole Hessian; an estimate
+    costs more.
+
+    Cost per step: forward and backward; on every ``hessian_update_interval``-th step two more of
+    both (``hvp_method="fd"``), or one forward and three to four backwards and twice the memory
+    ("double-backward"). Memory: two copies of the parameters.
+
+    Args:
+        params: Parameters to optimize, or parameter groups.
+        lr: Learning rate, the largest move of an entry in one step; >= 0.
+        betas: Weights of the old value in the averages of gradient and curvature; in [0, 1).
+        rho: Scales the curvature; > 0. The larger, the fewer entries are clipped.
+        eps: Least value of ``rho * h``; > 0.
+        weight_decay: Decoupled weight decay, >= 0.
+        hessian_update_interval: Optimizer steps between two estimates.
+        distribution: Entries of the probes: "rademacher" (+1 or -1) or "normal".
+        num_probes: Probes per estimate; cost and precision grow with it.
+        hvp_method: How products with the Hessian are computed: "double-backward" (exact), "fd"
+            (central differences of gradients, for models that cannot be differentiated twice too),
+            "auto" for the second in full precision and the first otherwise.
+        hessian_timing: "before" estimates at the parameters of a step that uses it; "after" at
+            those after every k-th step.
+        bias_correction: Whether to divide both averages by the sum of their weights; see `SophiaG`.
+        seed: Seed of the probes, >= 0. They are drawn from streams of their own, one per step.
+        max_failures: Steps without a finite gradient in a row after which training stops.
+        foreach: False works on one tensor at a time, which needs the least temporary memory.
+        maximize: Whether to climb; the curvature of the negative loss is used then.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
+
+    Examples:
+        >>> import torch
+        >>> layer = torch.nn.Linear(3, 1)
+        >>> optimizer = SophiaH(layer.parameters(), lr=0.01)
+        >>> criterion = optimizer.attach_model(layer, torch.nn.MSELoss())
+        >>> criterion(layer(torch.ones(4, 3)), torch.zeros(4, 1)).backward()
+        >>> optimizer.step()
+
+    References:
+        Liu et al., 2024, arXiv:2305.14342.
+    """
+
+    asks: ClassVar[frozenset[str]] = frozenset({"hvp"})
+    shared_names: ClassVar[tuple[str, ...]] = (
+        *SophiaOptimizer.shared_names,
+        "distribution",
+        "num_probes",
+        "hvp_method",
+        "maximize",
+    )
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float = 1e-4,
+        betas: tuple[float, float] = (0.965, 0.99),
+        rho: float = 0.01,
+        eps: float = 1e-12,
+        weight_decay: float = 0.1,
+        hessian_update_interval: int = 10,
+        distribution: Distribution = "rademacher",
+        num_probes: int = 1,
+        hvp_method: HvpMethod = "auto",
+        hessian_timing: HessianTiming = "before",
+        bias_correction: bool = False,
+        seed: int = 0,
+        max_failures: int = 20,
+        *,
+        foreach: bool | None = None,
+        maximize: bool = False,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "rho": rho,
+            "eps": eps,
+            "weight_decay": weight_decay,
+            "hessian_update_interval": hessian_update_interval,
+            "distribution": distribution,
+            "num_probes": num_probes,
+            "hvp_method": hvp_method,
+            "hessian_timing": hessian_timing,
+            "bias_correction": bias_correction,
+            "seed": seed,
+            "max_failures": max_failures,
+            "foreach": foreach,
+            "maximize": maximize,
+        }
+        # Draws the probes; tests put another one here.
+        self.sampler: type[ProbeSampler] = ProbeSampler
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        super()._check_group(group)
+        check_choice("distribution", group["distribution"], ("rademacher", "normal"))
+        check_interval("num_probes", group["num_probes"])
+        check_choice("hvp_method", group["hvp_method"], ("auto", "double-backward", "fd"))
+
+    def _estimate(self, params: list[Tensor], oracle: Oracle) -> list[Tensor]:
+        group = self.param_groups[0]
+        sampler = self.sampler(group["distribution"], int(group["seed"]), self._steps_done)
+        found = hutchinson(
+            oracle,
+            params,
+            sampler,
+            num_probes=int(group["num_probes"]),
+            method=group["hvp_method"],
+        )
+        return [-x for x in found] if group["maximize"] else found
