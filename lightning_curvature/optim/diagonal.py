@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_curvature import vectors
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.saved_state import is_count
 from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["DiagonalOptimizer"]
@@ -168,7 +169,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
         Args:
             params: The parameters.
-            *names: Names of the state, "step" for the number of updates (a 0-dim tensor).
+            *names: Names of the state; "step" and those that begin with "num_" are 0-dim tensors.
         """
         for p in params:
             state = self.state[p]
@@ -177,7 +178,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
             for name in names:
                 if name in state:
                     continue
-                if name == "step":
+                if is_count(name):
                     state[name] = torch.zeros((), dtype=dtype, device=p.device)
                 else:
                     kind = torch.preserve_format

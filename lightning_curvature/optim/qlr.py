@@ -44,6 +44,8 @@ _OWN_PER_GROUP = ("params", "lr", "weight_decay")
 _CARRIED_LR_EMA = 0.8
 
 
+_CURVATURE, _DAMPING = "curvature_update_interval", "damping_update_interval"
+
 # Where the groups keep the argument ``max_lr``: torch's OneCycleLR writes its own "max_lr" there.
 _CAP = "max_step_length"
 
@@ -85,10 +87,13 @@ class QLROptimizer(CurvatureOptimizer):
         super().__init__(params, _plain({**defaults, "damping": damping}))
         self.damping = self.param_groups[0]["damping"]
         self._failures = self._new_failure_counter()
+        # Hyper-parameters about the damping that hold while somebody else owns it.
+        self._damping_settings: dict[str, Any] | None = None
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Restore a pickle or deep copy."""
         super().__setstate__(state)
+        self.__dict__.setdefault("_damping_settings", None)
         self._failures = self._new_failure_counter(resumed=True)
 
     def _new_failure_counter(self, *, resumed: bool = False) -> FailureCounter:
@@ -135,6 +140,41 @@ class QLROptimizer(CurvatureOptimizer):
         for group in self.param_groups:
             group["damping"] = damping
 
+    def own_damping(self, algorithm: DampingAlgorithm, **settings: float | None) -> None:
+        """Replace the algorithm that adapts the damping, until `release_damping`.
+
+        Groups and checkpoints keep the optimizer's own settings.
+
+        Args:
+            algorithm: What adapts the damping; "fixed" if somebody sets it from outside.
+            **settings: Arguments of the algorithm, as in the constructor; None for the optimizer's
+                own.
+
+        Raises:
+            RuntimeError: If the damping is owned already.
+            ValueError: If a setting is out of range.
+            TypeError: If a setting has the wrong type.
+        """
+        real = self._unwrapped()
+        assert isinstance(real, QLROptimizer)
+        if real._damping_settings is not None:
+            raise RuntimeError(f"The damping of {type(real).__name__} has an owner already.")
+        given = {name: value for name, value in settings.items() if value is not None}
+        owned = {"damping_algorithm": algorithm, **given}
+        real._check_group({**real.param_groups[0], **owned})
+        real._damping_settings = owned
+
+    def release_damping(self) -> None:
+        """Let the optimizer's own algorithm go on from the present damping."""
+        real = self._unwrapped()
+        assert isinstance(real, QLROptimizer)
+        real._damping_settings = None
+
+    def _settings(self) -> dict[str, Any]:
+        """Return the hyper-parameters in force: those of the first group, unless owned."""
+        group = self.param_groups[0]
+        return group if self._damping_settings is None else {**group, **self._damping_settings}
+
     def _scalar(self, name: str, like: Tensor) -> Tensor:
         """Return a number of the state, 0 if it is not there yet."""
         return torch.as_tensor(self._scalars.get(name, 0.0), dtype=like.dtype, device=like.device)
@@ -144,13 +184,17 @@ class QLROptimizer(CurvatureOptimizer):
         return self._curvature_due() or self._damping_due()
 
     def _curvature_due(self) -> bool:
-        return self._steps_done % int(self.param_groups[0]["curvature_update_interval"]) == 0
+        return self._due(_CURVATURE)
+
+    def _measures_always(self) -> bool:
+        schedule = self._schedules.get(_CURVATURE)
+        if schedule is not None:
+            return schedule.every_step
+        return int(self.param_groups[0][_CURVATURE]) == 1
 
     def _damping_due(self) -> bool:
         # In phase with the curvature, so that the ratio judges a fresh model where possible.
-        group = self.param_groups[0]
-        interval = int(group["damping_update_interval"])
-        return group["damping_algorithm"] != "fixed" and self._steps_done % interval == 0
+        return self._settings()["damping_algorithm"] != "fixed" and self._due(_DAMPING)
 
     # One step
 
@@ -173,7 +217,7 @@ class QLROptimizer(CurvatureOptimizer):
         self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
     ) -> dict[str, Tensor]:
         """Take the step; return the counts of unusable ones."""
-        group = self.param_groups[0]
+        group = self._settings()
         rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
         backup = self._backup(params, saved) if rejects and saved is not None else None
 
@@ -223,6 +267,12 @@ class QLROptimizer(CurvatureOptimizer):
         self._scalars.update(counts)
         stats["skipped_steps"] = self._scalars["skipped_steps"]
         self.stats = {**self.stats, **stats}
+        if self._curvature_due():
+            self._refreshed(_CURVATURE, stats.get("curvature_drift"))
+        if self._damping_due():
+            owned = _DAMPING in self._schedules
+            new = self.param_groups[0]["damping"]
+            self._refreshed(_DAMPING, (new - before).abs() / before if owned else None)
         return counts
 
     @abstractmethod
@@ -289,7 +339,14 @@ class QLROptimizer(CurvatureOptimizer):
         term = damping * squared
         if group["curvature_ema"] > 0:
             curvature = self._averaged_kappa(curvature + term, group) - term
-        return slope, *self._step_length(slope, curvature, term, gradient.finite, group)
+        old = self._scalars.get("lr_average")
+        alpha, kappa, found = self._step_length(slope, curvature, term, gradient.finite, group)
+        if old is not None:
+            # How far this refresh moved what is used until the next one. Where it failed, it says
+            # nothing about the curvature.
+            drift = (self._scalars["lr_average"] - old).abs() / old.abs()
+            stats["curvature_drift"] = torch.where(found & gradient.finite, drift, torch.nan)
+        return slope, alpha, kappa, found
 
     def _averaged_kappa(self, kappa: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the running average of the damped curvature."""
@@ -324,7 +381,7 @@ class QLROptimizer(CurvatureOptimizer):
         alpha = alpha * group["amplification"]
         decay = group["lr_ema"]
         if decay is None:
-            decay = _CARRIED_LR_EMA if int(group["curvature_update_interval"]) > 1 else 0.0
+            decay = 0.0 if self._measures_always() else _CARRIED_LR_EMA
         average = _running_average(self._scalars.get("lr_average"), alpha, decay, found & finite)
         self._scalars["lr_average"] = average
         alpha = torch.where(found, average, alpha)

@@ -11,7 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["COPY_KEY", "STATE_KEY", "STATE_VERSION", "check_saved_state", "without_copies"]
+__all__ = [
+    "COPY_KEY",
+    "STATE_KEY",
+    "STATE_VERSION",
+    "check_saved_state",
+    "is_count",
+    "without_copies",
+]
 
 STATE_KEY = "curvature"
 # Of its copy in the first group; "curvature" is a hyper-parameter there.
@@ -19,6 +26,11 @@ COPY_KEY = "curvature_state"
 # A schedule may end that far below a learning rate of zero.
 _ROUNDING = 1e-6
 STATE_VERSION = 2
+
+
+def is_count(name: str) -> bool:
+    """Tell whether a state of a parameter is a number; all others have the parameter's shape."""
+    return name == "step" or name.startswith("num_")
 
 
 def without_copies(saved: dict[str, Any]) -> dict[str, Any]:
@@ -56,7 +68,7 @@ def check_saved_state(
         saved: The state.
         name: Name of the optimizer class.
         params: Its parameters.
-        state_names: What it keeps per parameter; "step" is a scalar, all else of its shape.
+        state_names: What it keeps per parameter; see `is_count`.
         hyper_parameters: What every group holds.
         check_group: Checks the hyper-parameters of a group.
 
@@ -189,7 +201,7 @@ def _check_parameter_state(
     if not isinstance(state, dict):
         raise ValueError(f"{where}: the state of parameter {index} is {_short(state)}.")
     for key in names:
-        shape = () if key == "step" else tuple(p.shape)
+        shape = () if is_count(key) else tuple(p.shape)
         if key not in state:
             raise ValueError(f"{where}: parameter {index} has no '{key}'.")
         _check_tensor(f"{where}: '{key}' of parameter {index}", state[key], shape)

@@ -54,9 +54,9 @@ class SophiaG(SophiaOptimizer):
         squared: "micro_batch" squares the gradient of every micro-batch on every rank and averages
             the squares, which has the smaller variance; "window" averages first, as the official
             code does.
-        hessian_batch_fraction: Share of the micro-batches of a step that an estimate uses, in (0,
-            1]; the first always counts. It saves time under gradient accumulation only: on the
-            graph of one batch a backward costs the same for a part of it.
+        hessian_batch_fraction: Share of the examples of a batch that an estimate uses, in (0, 1].
+            It is there for published settings, such as half of the batch: on the graph of the main
+            pass a part costs what the whole does, so the default is all.
         hessian_clip_norm: Largest norm of the mean gradient under drawn labels, None for any. The
             official script clips at 1; that shrinks estimates where they are largest, so it is off
             by default.

@@ -74,7 +74,7 @@ class SamplePlan:
         squared: "micro_batch" squares the gradient of every micro-batch on every rank and averages
             the squares; "window" adds the gradients up and squares their sum. Both are unbiased;
             the first has the smaller variance, by the number of micro-batches and ranks.
-        fraction: Share of the micro-batches to use, in (0, 1].
+        fraction: Share of the examples of every micro-batch to use, in (0, 1].
         clip_norm: Largest norm of a gradient of the mean loss under drawn labels, None for any.
         again: Whether to sample in a pass of its own, at the parameters after the step.
         sampler: Class that draws.
@@ -87,12 +87,3 @@ class SamplePlan:
     clip_norm: float | None = None
     again: bool = False
     sampler: type[LabelSampler] = LabelSampler
-
-    def wants(self, index: int) -> bool:
-        """Tell whether a micro-batch belongs to the fraction; the first always does.
-
-        Args:
-            index: Number of the micro-batch in its window.
-        """
-        before, after = (-int(-(i * self.fraction) // 1) for i in (index, index + 1))
-        return after > before

@@ -220,7 +220,6 @@ class RecordedOracle(Oracle):
             plan,
             self.params,
             self._active,
-            sum(record.weight for record in records),
             self.mean_vectors,
             world_size() if self._mean is not None else 1,
         )
@@ -259,13 +258,10 @@ class RecordedOracle(Oracle):
 
     def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
         index = self._samples.index(record)
-        if not plan.wants(index):
-            self._samples.add(record, None)
-            return
         own = rank() if self._mean is not None else 0
         sampler = plan.sampler(plan.seed, plan.step, own, index)
         with torch.enable_grad():
-            sample = sample_gradients(terms, self.params, sampler)
+            sample = sample_gradients(terms, self.params, sampler, plan.fraction)
         if sample is not None:
             self._samples.add(record, sample)
 

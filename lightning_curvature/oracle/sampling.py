@@ -13,6 +13,7 @@ draw goes in as a gradient with respect to the logits, so one backward through a
 is all it costs.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -56,9 +57,30 @@ class _Root(NamedTuple):
     values: dict[str, Tensor]
     weights: Tensor
 
+    def part(self, fraction: float) -> "_Root":
+        """Return that of the first examples, weighted for all."""
+        count = self.weights.shape[0] if self.weights.dim() else 1
+        kept = max(1, math.ceil(fraction * count - 1e-9))
+        if kept == count:
+            return self
+        factor = count / kept
+        values = {
+            name: _first(value, kept) * math.sqrt(factor) if value.shape[:1] == (count,) else value
+            for name, value in self.values.items()
+        }
+        return _Root(values, _first(self.weights, kept) * factor)
+
+
+def _first(x: Tensor, count: int) -> Tensor:
+    """Return a tensor with zeros after the first entries of its first axis."""
+    return torch.cat([x[:count], torch.zeros_like(x[count:])])
+
 
 def sample_gradients(
-    terms: Sequence[LossTerm], params: Sequence[Tensor], sampler: LabelSampler
+    terms: Sequence[LossTerm],
+    params: Sequence[Tensor],
+    sampler: LabelSampler,
+    fraction: float = 1.0,
 ) -> Sample | None:
     """Draw labels for the losses of a pass and differentiate; its graph is kept.
 
@@ -66,6 +88,7 @@ def sample_gradients(
         terms: The losses, connected to the graph.
         params: Parameters to differentiate with respect to.
         sampler: Draws the labels.
+        fraction: Share of the examples to use: the first ones, which stand for all.
 
     Returns:
         The sample, None if no loss depends on the parameters.
@@ -73,6 +96,8 @@ def sample_gradients(
     outputs, roots, masses, squares = [], [], [], []
     for term in terms:
         root = _root(term, sampler)
+        if fraction < 1:
+            root = root.part(fraction)
         masses.append(root.weights.sum())
         squares.append(root.weights.square().sum())
         for name, value in root.values.items():

@@ -23,11 +23,10 @@ class WindowSamples:
     def __init__(self) -> None:
         self.count = 0
         self._last: PassRecord | None = None
-        self._waiting: list[tuple[PassRecord, Sample | None]] = []
+        self._waiting: list[tuple[PassRecord, Sample]] = []
         self._sums: list[Tensor | None] = []
         self._mass: list[Tensor] = []
         self._squared_mass: list[Tensor] = []
-        self._left_out: float | Tensor = 0.0
 
     def index(self, record: PassRecord) -> int:
         """Return the number of a micro-batch in its window.
@@ -40,8 +39,8 @@ class WindowSamples:
             self.count += 1
         return self.count - 1
 
-    def add(self, record: PassRecord, sample: Sample | None) -> None:
-        """Add a sample, None for a micro-batch that is left out."""
+    def add(self, record: PassRecord, sample: Sample) -> None:
+        """Add a sample of a micro-batch."""
         self._waiting.append((record, sample))
 
     def drop_finished(self) -> None:
@@ -59,10 +58,7 @@ class WindowSamples:
         finished = [(r, s) for r, s in self._waiting if r.loss is not None]
         self._waiting = [(r, s) for r, s in self._waiting if r.loss is None]
         for record, sample in finished:
-            if sample is None:
-                self._left_out = self._left_out + record.weight
-            else:
-                self._fold_one(plan, sample, record.weight)
+            self._fold_one(plan, sample, record.weight)
 
     @torch.no_grad()
     def _fold_one(self, plan: SamplePlan, sample: Sample, weight: float | Tensor) -> None:
@@ -95,7 +91,6 @@ class WindowSamples:
         plan: SamplePlan,
         params: Sequence[Tensor],
         active: Sequence[Tensor],
-        all_weight: float | Tensor,
         mean: Callable[..., list[list[Tensor]]],
         ranks: int,
     ) -> list[Tensor]:
@@ -105,7 +100,6 @@ class WindowSamples:
             plan: How.
             params: All parameters.
             active: Those wanted.
-            all_weight: Weight of all micro-batches, also of those left out.
             mean: Averages lists of tensors over the ranks.
             ranks: Their number.
         """
@@ -113,11 +107,7 @@ class WindowSamples:
         sums = [
             found.get(id(p), torch.zeros_like(p, dtype=vectors.scalar_dtype([p]))) for p in active
         ]
-        # What was left out is taken to be like the rest.
-        share = all_weight / (all_weight - self._left_out)
         if plan.squared == "micro_batch":
-            if not isinstance(self._left_out, float) or self._left_out != 0:
-                sums = [x * share for x in sums]
             return mean(sums)[0]
         zero = torch.zeros((), dtype=vectors.scalar_dtype(params), device=params[0].device)
         masses = torch.stack(
@@ -125,8 +115,7 @@ class WindowSamples:
         )
         sums, (masses,) = mean(sums, [masses])
         # One window over all ranks: every gradient counts by the root of its share.
-        scale = (torch.as_tensor(share, dtype=zero.dtype, device=zero.device) * ranks).sqrt()
-        sums = [x * scale for x in sums]
+        sums = [x * ranks**0.5 for x in sums]
         factor = _clip_factor(sums, masses[0], masses[1] / ranks, plan.clip_norm)
         return [(x * factor).square_() for x in sums]
 
