@@ -4,7 +4,20 @@ Importing the package registers the strategies 'single_device_curvature' and 'dd
 """
 
 from lightning_curvature.__about__ import __version__
-from lightning_curvature.callbacks import CurvatureCallback, CurvatureMonitor
+from lightning_curvature.callbacks import (
+    CurvatureCallback,
+    CurvatureMonitor,
+    DampingSchedule,
+    HessianSchedule,
+    LayerStatistics,
+)
+from lightning_curvature.curvature.schedule import (
+    DriftInterval,
+    FixedInterval,
+    RefreshSchedule,
+    WarmupInterval,
+)
+from lightning_curvature.curvature.time_budget import TimeBudget
 from lightning_curvature.optim import (
     SGDQLR,
     AdaHessian,
@@ -25,10 +38,18 @@ __all__ = [
     "CurvatureMonitor",
     "CurvatureOptimizer",
     "DDPCurvatureStrategy",
+    "DampingSchedule",
+    "DriftInterval",
+    "FixedInterval",
+    "HessianSchedule",
+    "LayerStatistics",
     "OptimizerInfo",
+    "RefreshSchedule",
     "SingleDeviceCurvatureStrategy",
     "SophiaG",
     "SophiaH",
+    "TimeBudget",
+    "WarmupInterval",
     "__version__",
     "declare_loss",
     "get_optimizer_info",

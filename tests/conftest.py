@@ -10,19 +10,24 @@ from typing import Any
 import pytest
 
 from tests.helpers.compatibility import CompatibilityPlugin, make_refused
+from tests.helpers.families import FamilyPlugin
 from tests.helpers.ranks import RankPool
 
 ROOT = Path(__file__).resolve().parents[1]
+EVERY = "--every-optimizer"
 WRITE = "--write-compatibility"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Add the option that writes docs/compatibility.md."""
-    parser.addoption(WRITE, action="store_true", help="write docs/compatibility.md")
+    """Add the options that run all tests with all optimizers, and write what they show."""
+    parser.addoption(EVERY, action="store_true", help="run wide tests with every optimizer")
+    parser.addoption(WRITE, action="store_true", help=f"{EVERY}, and write docs/compatibility.md")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Collect what the tests show of features and optimizers."""
+    """Choose the optimizers, and collect what the tests show of features and optimizers."""
+    every = config.getoption(EVERY) or config.getoption(WRITE)
+    config.pluginmanager.register(FamilyPlugin(every=every), "families")
     plugin = CompatibilityPlugin(config, ROOT / "docs" / "compatibility.md", ROOT / "tests")
     config.pluginmanager.register(plugin, "compatibility")
 

@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp")
+SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "char_lm")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
 
@@ -196,7 +196,80 @@ def test_memory(
     assert all(float(row["value"]) > least for row in found)
 
 
+def test_char_lm(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("char_lm")
+    (tmp_path / "input.txt").write_text("to be or not to be, " * 20, encoding="utf-8")
+    files = ["--runs", str(tmp_path / "runs"), "--csv", str(tmp_path / "out.csv")]
+    sizes = [*files, "--batch", "2", "--context", "8"]
+    text = ["--data", str(tmp_path)]
+    with pytest.raises(SystemExit, match=r"No times in .*: measure them first with `time`"):
+        script.main(["train", "AdamW", *text, *sizes, "--lr", "1e-3"])
+    script.main(["time", "--cycles", "1", *sizes])
+    for name in script.OPTIMIZERS:
+        arguments = ["train", name, *text, *sizes, "--budget", "30", "--points", "2"]
+        script.main([*arguments, "--lr", "1e-5", "1e-3", "--seeds", "0"])
+        script.main([*arguments, "--lr", "1e-3", "--seeds", "1", "2"])
+    with pytest.raises(SystemExit, match="name the folder it is in with --data "):
+        script.main(["train", "AdamW", "--data", str(tmp_path / "runs"), *sizes, "--lr", "1e-3"])
+    capsys.readouterr()
+    script.main(["report", *files, "--png", str(tmp_path / "curves.png")])
+    table = capsys.readouterr().out.split("\n\n")[1]
+    for name in script.OPTIMIZERS:
+        assert re.search(rf"\| {name}, lr 0.001, .* ± .*\| +2 \|", table)
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    losses = [row for row in rows_of(tmp_path / "out.csv") if "loss" in row["metric"]]
+    assert len(losses) == 2 * len(script.OPTIMIZERS)
+
+
 # Their parts
+
+
+def test_char_lm_limits(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("char_lm")
+    factors = [script.share_of_lr(step, 200) for step in range(200)]
+    assert factors[9] == max(factors) == 1.0
+    assert factors[:10] == pytest.approx([0.1 * i for i in range(1, 11)])
+    assert factors[9:] == sorted(factors[9:], reverse=True)
+    assert factors[-1] == pytest.approx(0.1, abs=1e-3)
+
+    weights = [torch.nn.Parameter(torch.tensor([2.0, -1.0])), torch.nn.Parameter(torch.ones(1))]
+    optimizer = script.SignMomentum(
+        [{"params": weights[:1]}, {"params": weights[1:], "weight_decay": 0.0}], 0.1, 0.75, 0.5
+    )
+    for grads in ([4.0, 0.0], [-1.0, 0.0]):
+        weights[0].grad, weights[1].grad = torch.tensor(grads), torch.ones(1)
+        optimizer.step()
+    # The average is 1, then 0.5: both steps go down by lr, after the decay.
+    expected = (2.0 * 0.95 - 0.1) * 0.95 - 0.1
+    torch.testing.assert_close(weights[0].data, torch.tensor([expected, -0.95 * 0.95]))
+    torch.testing.assert_close(weights[1].data, torch.tensor([0.8]))
+
+
+def test_char_lm_chooses_by_the_tuning_seed(load_script: Callable[[str], ModuleType]) -> None:
+    report = load_script("char_lm_report")
+
+    def curve(lr: float, seed: int, loss: float, name: str = "AdamW") -> object:
+        points = (report.Point(10, 9.0, loss, float("nan")),)
+        return report.Curve(report.Setting(name, lr, 0.1), seed, 10, points)
+
+    curves = [
+        curve(1e-3, 0, 2.0),
+        curve(2e-3, 0, 1.5),
+        curve(4e-3, 0, float("nan")),
+        curve(1e-3, 1, 1.0),
+        curve(2e-3, 1, 1.7),
+        curve(2e-3, 2, 1.9),
+        curve(1e-4, 0, 3.0, "SophiaG"),
+        curve(1e-4, 1, 1.6, "SophiaG"),
+        curve(1e-4, 2, 2.0, "SophiaG"),
+    ]
+    groups = report.chosen(curves)
+    assert [c.final for c in groups["AdamW"]] == [1.7, 1.9]
+    table = report.comparison(curves, {"AdamW": (0.1, 1.0), "SophiaG": (0.11, 1.1)})
+    assert re.search(r"AdamW, lr 0.002.*1.8000 ± 0.1414 \| +- \|", table)
+    assert re.search(r"SophiaG, lr 0.0001.*1.8000 ± 0.2828 \| \+0.0000 ± 0.1414", table)
 
 
 def test_uci_split_and_statistics(load_script: Callable[[str], ModuleType], tmp_path: Path) -> None:

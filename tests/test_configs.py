@@ -26,6 +26,7 @@ FRAGMENTS = sorted(
 RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipes/*.yaml"))
 DIGITS = "recipes/digits_adamqlr.yaml"
 DIGITS_DDP = "recipes/digits_adamqlr_ddp.yaml"
+CHAR_LM = "recipes/char_lm_sophiag.yaml"
 
 TARGET_ACCURACY = 0.96
 COLUMNS = {
@@ -96,7 +97,7 @@ def load(name: str) -> dict[str, Any]:
 def test_every_kind_is_there() -> None:
     kinds = {Path(name).parent.name for name in FRAGMENTS}
     assert kinds == {"callbacks", "optimizer", "strategy"}
-    assert {DIGITS, DIGITS_DDP} <= set(RECIPES)
+    assert {DIGITS, DIGITS_DDP, CHAR_LM} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
@@ -136,15 +137,23 @@ def test_fragment_says_how_to_use_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", RECIPES)
-def test_recipe_trains_two_batches_and_tests(
-    name: str, fit: Callable[..., Any], tmp_path: Path
-) -> None:
-    cli = fit(name)
-    assert cli.trainer.state.fn == "test"
-    assert "test_acc" in cli.trainer.callback_metrics
+def test_recipe_trains_two_batches(name: str, fit: Callable[..., Any], tmp_path: Path) -> None:
+    # Stands in for the text that users of one recipe download.
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "input.txt").write_text("to be or not to be, " * 50, encoding="utf-8")
+    args = (f"--data.root={tmp_path / 'text'}",) if name == CHAR_LM else ()
+    cli = fit(name, args=args)
+    ends_with_test = load(name).get("test_after_fit", False)
+    assert cli.trainer.state.fn == ("test" if ends_with_test else "fit")
+    assert ("test_acc" if ends_with_test else "train_loss") in cli.trainer.callback_metrics
     assert next(tmp_path.rglob("curvature.png")).stat().st_size > 0
     # The same command again in the same folder.
-    fit(name)
+    fit(name, args=args)
+
+
+def test_char_lm_recipe_names_the_missing_text(fit: Callable[..., Any]) -> None:
+    with pytest.raises(FileNotFoundError, match=r"No file input\.txt .* with --data\.root"):
+        fit(CHAR_LM, args=("--data.root=nowhere",))
 
 
 def test_two_processes_take_the_steps_of_one() -> None:

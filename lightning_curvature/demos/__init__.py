@@ -1,5 +1,6 @@
 """Small modules and data modules used by recipes, examples and tests."""
 
+from lightning_curvature.demos.char_lm import CharData, CharLM
 from lightning_curvature.demos.digits import DigitsClassifier, DigitsDataModule
 
-__all__ = ["DigitsClassifier", "DigitsDataModule"]
+__all__ = ["CharData", "CharLM", "DigitsClassifier", "DigitsDataModule"]

@@ -104,6 +104,9 @@ class AdaHessian(DiagonalOptimizer):
         )
     }
 
+    # Draws the probes; tests put another one into an optimizer.
+    sampler: type[ProbeSampler] = ProbeSampler
+
     def __init__(
         self,
         params: Any,
@@ -139,8 +142,6 @@ class AdaHessian(DiagonalOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        # Draws the probes; tests put another one here.
-        self.sampler: type[ProbeSampler] = ProbeSampler
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:
@@ -221,7 +222,12 @@ class AdaHessian(DiagonalOptimizer):
         factors = correction * (1 - beta2**n) ** (-0.5 * power)
         # Without a curvature there is no scale to move by.
         summands = torch.where(torch.stack(counts) > 0, correction * group["eps"], math.inf)
-        same = bool((t == t[0]).all() & (n == n[0]).all()) if self._can_look(t) else False
+        # As lists: a single 0-dim tensor would be read as a number.
+        numbers: list[Any] = [factors.unbind(), summands.unbind()]
+        same = False
+        if self._can_look(t):
+            numbers = [factors.tolist(), summands.tolist()]
+            same = len(set(zip(*numbers, strict=True))) == 1
         columns = (params, grads, exp_avgs, averages)
         parts = vectors.blocks(*columns, foreach=group["foreach"] if same else False)
         for number, (ps, gs, ms, vs) in enumerate(parts):
@@ -231,6 +237,6 @@ class AdaHessian(DiagonalOptimizer):
             scales = list(torch._foreach_sqrt(vs))
             if power != 1:
                 torch._foreach_pow_(scales, power)
-            torch._foreach_mul_(scales, factors[row])
-            torch._foreach_add_(scales, summands[row])
+            torch._foreach_mul_(scales, [numbers[0][row]] * len(scales))
+            torch._foreach_add_(scales, [numbers[1][row]] * len(scales))
             vectors.move_(ps, list(torch._foreach_div(ms, scales)), -lr, usable)

@@ -9,6 +9,7 @@ from torch import Tensor
 from lightning_curvature import vectors
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.per_tensor import whole_norms
 from lightning_curvature.optim.saved_state import is_count
 from lightning_curvature.oracle.protocol import Oracle
 
@@ -83,7 +84,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
 
     def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
         grads = [p.grad for p in params if p.grad is not None]
-        squared = vectors.dot(grads, grads)
+        squared = _squared_norm(grads)
         finite = torch.isfinite(squared)
         stats = {"grad_norm": squared.sqrt()}
         if oracle is not None and oracle.ready:
@@ -226,3 +227,10 @@ class DiagonalOptimizer(CurvatureOptimizer):
         """
         grads = [g.float() if g.dtype in (torch.bfloat16, torch.float16) else g for g in grads]
         return list(torch._foreach_neg(grads)) if group["maximize"] else grads
+
+
+def _squared_norm(grads: list[Tensor]) -> Tensor:
+    if not any(hasattr(grad, "full_tensor") for grad in grads):
+        return vectors.dot(grads, grads)
+    norms = torch._foreach_norm(grads, 2, dtype=vectors.scalar_dtype(grads))
+    return torch.stack(whole_norms(list(norms))).square().sum()

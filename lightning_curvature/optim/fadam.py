@@ -7,14 +7,13 @@ code, and of the paper where they differ and an option says so:
 - ``clip_mode="limit"`` is the paper's; the code's ("scale") multiplies by ``clip`` everywhere.
 - ``eps_mode="max"`` is the code's; the paper's ("min") needs a floor, or it divides 0 by 0.
 - ``weight_decay=0.001`` is the paper's; the code's is 0.1.
-- ``decay_unused=False`` is ours; paper and code decay what has no gradient most of all.
+- ``skip_unused=True`` is ours; paper and code decay what has no gradient most of all.
 - The Fisher diagonal f of the code is kept as v = (1 - beta2^t) f, which is Adam's second moment:
   its correction is then one number per tensor. It is computed in the precision of the parameters
   (in the code always in float32).
 """
 
-import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,13 +28,9 @@ from lightning_curvature.checks import (
 )
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from lightning_curvature.optim.per_tensor import (
-    Numbers,
-    Part,
-    add_quotients_,
     advance_,
-    bundles,
+    can_block,
     discounted_count,
-    numbers,
     whole_norms,
 )
 from lightning_curvature.oracle.protocol import Oracle
@@ -45,7 +40,7 @@ __all__ = ["FAdam"]
 _SQRT = 0.5
 # Of the paper: eps_hat = min(eps, 0.01 RMS(g)).
 _EPS_RATIO = 0.01
-# Of eps_hat. Whatever is divided by it stays finite in float32.
+# Least number to divide by: large enough for quotients to be finite in float32.
 _FLOOR = 1e-30
 # A first update has RMS 1 up to rounding, which is not clipping.
 _ROUNDING = 1e-6
@@ -189,6 +184,9 @@ class FAdam(DiagonalOptimizer):
     ) -> None:
         self._tensors = len(params)
         stats["win_rate"] = torch.zeros_like(stats["grad_norm"])
+        # Where no gradient is long as a whole, none has an RMS above 1.
+        limit = min(p.numel() for p in params)
+        self._short = usable is None and float(stats["grad_norm"]) ** 2 <= limit
 
     def _update_group(
         self,
@@ -200,170 +198,61 @@ class FAdam(DiagonalOptimizer):
         averages, squares, steps = self._state_lists(params, "exp_avg", "exp_avg_sq", "step")
         advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
-        # No root mean square is above 1 if the norm of all is not that large.
-        short = group["eps_mode"] == "max" and usable is None
-        short = short and float(stats["grad_norm"]) ** 2 <= min(p.numel() for p in params)
-        columns = (params, grads, averages, squares)
-        for rows, parts in bundles(*columns, foreach=group["foreach"]):
-            sizes = [params[row].numel() for row in rows]
-            counts = torch.stack([steps[row] for row in rows])
-            counts = counts.double() if usable is None else counts
-            rms = None if short else _rms(torch._foreach_norm([grads[r] for r in rows]), sizes)
-            # The Fisher diagonal is v / (1 - beta2^t); what belongs to its power is one number.
-            correction = (1 - group["betas"][1]) * discounted_count(counts, group["betas"][1])
-            correction = correction.pow(group["power"])
-            eps = numbers(correction * _eps(group, rms, correction), usable)
-            grad_rms, decay_rms = self._measure(group, parts, sizes, eps, usable)
-            limit = group["clip"] * (1 + _ROUNDING)
-            stats["win_rate"] += (correction * grad_rms <= limit).sum() / self._tensors
-            self._move(
-                group,
-                parts,
-                eps,
-                numbers(correction * _shrinkage(group, correction * grad_rms), usable),
-                numbers(correction * _shrinkage(group, correction * decay_rms), usable),
+        if usable is None and can_block(params, group["foreach"]):
+            rows = zip(params, grads, averages, squares, steps, strict=True)
+            unclipped = sum(self._update_blocks(group, *row) for row in rows)
+            stats["win_rate"] += unclipped / self._tensors
+            return
+        for part in vectors.chunks(len(params), group["foreach"]):
+            unclipped = _multi_tensor_fadam(
+                params[part],
+                self._grads(group, grads[part]),
+                averages[part],
+                squares[part],
+                steps[part],
                 usable,
+                group,
             )
+            stats["win_rate"] += unclipped / self._tensors
 
-    def _measure(
+    def _update_blocks(
         self,
         group: dict[str, Any],
-        parts: list[Part],
-        sizes: list[int],
-        eps: Numbers,
-        usable: Tensor | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Update the second moments; return the RMS of what is scaled by them.
+        p: Tensor,
+        grad: Tensor,
+        average: Tensor,
+        square: Tensor,
+        step: Tensor,
+    ) -> bool:
+        """Update a tensor on the CPU, in parts that stay in the cache.
 
         Args:
             group: The group.
-            parts: Parts of some parameters: they, gradients, averages and second moments.
-            sizes: Numbers of entries of these parameters.
-            eps: What is added to the power of the second moments.
-            usable: See `_update_group`.
+            p: The parameter.
+            grad: Its gradient, finite.
+            average: Average of scaled gradients.
+            square: Second moment.
+            step: Number of the step.
 
         Returns:
-            Root mean square of scaled gradients and of scaled parameters, ``[k]`` each.
+            Whether its scaled gradient was not clipped.
         """
-        grad_norms: list[Tensor] = []
-        decay_norms: list[Tensor] = []
-        for where, (ps, gs, _, squares) in parts:
-            scaled = self._grads(group, gs)
-            vectors.ema_squares_(squares, scaled, group["betas"][1], usable)
-            denominators = _denominators(group, squares, eps[where])
-            grad_norms += torch._foreach_norm(torch._foreach_div(scaled, denominators))
+        root_size = max(p.numel(), 1) ** 0.5
+        correction, eps = _correction(group, step.double()), group["eps"]
+        if group["eps_mode"] == "min" or not self._short:
+            norm = torch.linalg.vector_norm(grad, dtype=square.dtype).double()
+            eps = _eps(group, norm / root_size)
+        correction, eps = float(correction), float(correction * eps)
+        # Allocated once: fresh memory would cost more than all this arithmetic.
+        scale = self._scratch_like(square)
+        parts = [part for (part,) in zip(*[vectors.blocks([p], [grad], [average], [square], [scale])])]
+        grad_norm = decay_norm = 0.0
+        for (x,), (g,), _, (v,), (q,) in parts:
+            (g,) = self._grads(group, [g])
+            v.mul_(group["betas"][1]).addcmul_(g, g, value=1 - group["betas"][1])
+            _single_tensor_scale(v, eps, group, out=q)
+            scaled = torch.mul(g, q).view(-1)
+            grad_norm += float(torch.dot(scaled, scaled))
             if group["weight_decay"] != 0:
-                decay = torch._foreach_div(_wide(ps), denominators)
-                decay_norms += torch._foreach_norm(decay)
-        if not decay_norms:
-            rms = _rms(grad_norms, sizes)
-            return rms, torch.zeros_like(rms)
-        count = len(grad_norms)
-        norms = whole_norms(grad_norms + decay_norms)
-        return _rms(norms[:count], sizes), _rms(norms[count:], sizes)
-
-    def _move(
-        self,
-        group: dict[str, Any],
-        parts: list[Part],
-        eps: Numbers,
-        grad_factors: Numbers,
-        decay_factors: Numbers,
-        usable: Tensor | None,
-    ) -> None:
-        """Update averages and parameters.
-
-        Args:
-            group: The group.
-            parts: See `_measure`.
-            eps: What is added to the power of the second moments.
-            grad_factors: Factors on the scaled gradients.
-            decay_factors: Factors on the scaled parameters.
-            usable: See `_update_group`.
-        """
-        beta1, lr = group["betas"][0], float(group["lr"])
-        on = 1.0 if usable is None else usable.to(parts[0][1][2][0].dtype)
-        grad_factors = [(1 - beta1) * factor for factor in grad_factors]
-        decay_factors = [-lr * group["weight_decay"] * on * factor for factor in decay_factors]
-        for where, (ps, gs, averages, squares) in parts:
-            denominators = _denominators(group, squares, eps[where])
-            torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
-            add_quotients_(averages, self._grads(group, gs), denominators, grad_factors[where])
-            moved = _wide(ps)
-            if group["weight_decay"] != 0:
-                add_quotients_(moved, moved, denominators, decay_factors[where])
-            updates = averages if usable is None else torch._foreach_mul(averages, on)
-            torch._foreach_add_(moved, updates, alpha=-lr)
-            if moved is not ps:
-                torch._foreach_copy_(ps, moved)
-
-
-def _wide(ps: list[Tensor]) -> list[Tensor]:
-    """Return tensors in the precision of the arithmetic; the same list if they have it."""
-    if all(p.dtype in (torch.float32, torch.float64) for p in ps):
-        return ps
-    return [p.float() if p.dtype in (torch.bfloat16, torch.float16) else p for p in ps]
-
-
-def _rms(norms: Sequence[Tensor], sizes: list[int]) -> Tensor:
-    """Return the root mean squares of tensors, ``[k]``.
-
-    Args:
-        norms: Their norms; if there is only one tensor, those of its parts.
-        sizes: Their numbers of entries.
-    """
-    whole = whole_norms(norms)
-    if len(sizes) == 1:
-        whole = [torch.linalg.vector_norm(torch.stack(whole))]
-    # Numbers in a list need no copy to the device.
-    return torch.stack(torch._foreach_div(whole, [max(size, 1) ** 0.5 for size in sizes]))
-
-
-def _eps(group: dict[str, Any], rms: Tensor | None, like: Tensor) -> Tensor:
-    """Return what is added to the power of the Fisher diagonal.
-
-    Args:
-        group: The group.
-        rms: Root mean squares of the gradients, ``[k]``; None if all are known to be at most 1.
-        like: Vector of the same size.
-    """
-    eps: float = group["eps"]
-    if rms is None:
-        return torch.full_like(like, eps)
-    if group["eps_mode"] == "max":
-        return eps * rms.clamp_min(1.0)
-    small = (_EPS_RATIO * rms).clamp_max(eps)
-    return small.pow(2 * group["power"]).clamp_min(_FLOOR)
-
-
-def _shrinkage(group: dict[str, Any], rms: Tensor) -> Tensor:
-    """Return the factors by which vectors of given root mean squares are clipped."""
-    clip: float = group["clip"]
-    if group["clip_mode"] == "limit":
-        return 1.0 / (rms / clip).clamp_min(1.0)
-    return clip / rms.clamp_min(1.0)
-
-
-def _denominators(group: dict[str, Any], squares: list[Tensor], eps: Numbers) -> list[Tensor]:
-    """Return the power of second moments plus eps; infinity where there was no gradient yet.
-
-    Args:
-        group: The group; with ``decay_unused`` nothing is infinite.
-        squares: Second moments.
-        eps: Numbers to add.
-    """
-    if group["power"] == _SQRT:
-        result = list(torch._foreach_sqrt(squares))
-    else:
-        result = list(torch._foreach_pow(squares, group["power"]))
-    if not group["decay_unused"] and all(type(x) is Tensor and x.is_cpu for x in result):
-        for x in result:
-            torch.threshold_(x, 0.0, math.inf)
-        torch._foreach_add_(result, eps)
-    elif not group["decay_unused"]:
-        used = torch._foreach_sign(result)
-        torch._foreach_add_(result, eps)
-        torch._foreach_div_(result, used)
-    else:
-        torch._foreach_add_(result, eps)
-    return result
+                scaled = torch.mul(x, q).view(-1)
+                decay_norm += float(torch.dot(scaled, scaled))

@@ -97,6 +97,9 @@ class SophiaG(SophiaOptimizer):
         "hessian_clip_norm",
     )
 
+    # Draws the labels; tests put another one into an optimizer.
+    sampler: type[LabelSampler] = LabelSampler
+
     def __init__(
         self,
         params: Any,
@@ -134,8 +137,6 @@ class SophiaG(SophiaOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        # Draws the labels; tests put another one here.
-        self.sampler: type[LabelSampler] = LabelSampler
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -80,6 +80,9 @@ class SophiaH(SophiaOptimizer):
         "maximize",
     )
 
+    # Draws the probes; tests put another one into an optimizer.
+    sampler: type[ProbeSampler] = ProbeSampler
+
     def __init__(
         self,
         params: Any,
@@ -117,8 +120,6 @@ class SophiaH(SophiaOptimizer):
             "foreach": foreach,
             "maximize": maximize,
         }
-        # Draws the probes; tests put another one here.
-        self.sampler: type[ProbeSampler] = ProbeSampler
         super().__init__(params, defaults)
 
     def _check_group(self, group: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Environment", "RandomState", "extra_pass", "in_extra_pass", "version_of"]
+__all__ = ["Environment", "RandomState", "extra_pass", "in_extra_pass", "marked", "version_of"]
 
 ContextFactory = Callable[[], AbstractContextManager[Any]]
 
@@ -55,7 +55,8 @@ def _is_fixed(tensor: Tensor) -> bool:
 
 
 @contextmanager
-def _marked() -> Iterator[None]:
+def marked() -> Iterator[None]:
+    """Let `in_extra_pass` be true: what runs is not the main pass and its backward."""
     global _depth  # noqa: PLW0603 - one flag for the process, read by user code
     _depth += 1
     try:
@@ -271,7 +272,7 @@ def extra_pass(environment: Environment, contexts: Sequence[ContextFactory] = ()
     """
     enabled, dtype = environment.autocast
     with ExitStack() as stack:
-        stack.enter_context(_marked())
+        stack.enter_context(marked())
         for context in contexts:
             stack.enter_context(context())
         # A region of its own: a cached cast of the old weights would hide a perturbation.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
-from lightning_curvature.oracle.extra_pass import ContextFactory
+from lightning_curvature.oracle.extra_pass import ContextFactory, marked
 from lightning_curvature.oracle.labels import SamplePlan
 from lightning_curvature.oracle.products import gradients
 from lightning_curvature.oracle.protocol import Oracle
@@ -260,7 +260,8 @@ class RecordedOracle(Oracle):
         index = self._samples.index(record)
         own = rank() if self._mean is not None else 0
         sampler = plan.sampler(plan.seed, plan.step, own, index)
-        with torch.enable_grad():
+        # Hooks on layer outputs must not take this for the gradient of the loss.
+        with torch.enable_grad(), marked():
             sample = sample_gradients(terms, self.params, sampler, plan.fraction)
         if sample is not None:
             self._samples.add(record, sample)

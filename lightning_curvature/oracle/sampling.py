@@ -106,8 +106,12 @@ def sample_gradients(
             roots.append(value.to(output.dtype))
     if not outputs:
         return None
-    grads = torch.autograd.grad(outputs, params, roots, retain_graph=True, allow_unused=True)
-    return Sample(list(grads), torch.stack(masses).sum(), torch.stack(squares).sum())
+    trained = [p for p in params if p.requires_grad]
+    found = torch.autograd.grad(outputs, trained, roots, retain_graph=True, allow_unused=True)
+    grads = dict(zip(map(id, trained), found, strict=True))
+    return Sample(
+        [grads.get(id(p)) for p in params], torch.stack(masses).sum(), torch.stack(squares).sum()
+    )
 
 
 def _root(term: LossTerm, sampler: LabelSampler) -> _Root:

@@ -1,134 +1,29 @@
 """Tests of lightning_curvature/callbacks/curvature_monitor.py."""
 
-import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import TQDMProgressBar
 from lightning.pytorch.demos.boring_classes import BoringModel
 from lightning.pytorch.loggers import CSVLogger
-from lightning.pytorch.loggers.logger import Logger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_curvature import AdamQLR, CurvatureMonitor
-from lightning_curvature.callbacks.curvature_monitor import _History, plot_history
-
-PNG_SIGNATURE = b"\x89PNG"
-PANELS = ["loss", "learning rate", "damping", "reduction ratio"]
-
-
-class WatchedStats(dict[str, torch.Tensor]):
-    """Remembers the steps on which the values were looked at."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.read_at: set[int] = set()
-
-    def items(self) -> Any:
-        self.read_at.add(int(self["loss"]))
-        return super().items()
-
-
-class StatsSGD(torch.optim.SGD):
-    """Stand-in for any optimizer that has ``stats``; the loss it reports is its step number."""
-
-    def __init__(self, params: Any) -> None:
-        super().__init__(params, lr=0.01)
-        self.stats = WatchedStats()
-        self.steps = 0
-
-    def step(self, closure: Any = None) -> Any:
-        loss = super().step(closure)
-        self.steps += 1
-        self.stats["loss"] = torch.tensor(float(self.steps), dtype=torch.float64)
-        self.stats["lr"] = torch.tensor(0.01)
-        self.stats["damping"] = torch.tensor(1e-3)
-        self.stats["skipped_steps"] = torch.tensor(0)
-        if self.steps > 1:  # not there before the first look at the new loss
-            self.stats["reduction_ratio"] = torch.tensor(0.5)
-        return loss
-
-
-class Model(BoringModel):
-    def __init__(self, optimizer: type[torch.optim.Optimizer] = StatsSGD) -> None:
-        super().__init__()
-        self.optimizer_class = optimizer
-
-    def configure_optimizers(self) -> Any:
-        return self.optimizer_class(self.parameters())
-
-
-class TwoOptimizers(BoringModel):
-    """Manual optimization: ``global_step`` grows by two per batch."""
-
-    def __init__(self, *, plain_first: bool = False) -> None:
-        super().__init__()
-        self.automatic_optimization = False
-        self.first = torch.optim.SGD if plain_first else StatsSGD
-
-    def configure_optimizers(self) -> Any:
-        return [self.first([self.layer.weight]), StatsSGD([self.layer.bias])], []
-
-    def training_step(self, batch: Any, batch_idx: int) -> None:
-        for optimizer in self.optimizers():
-            optimizer.zero_grad()
-            self.manual_backward(self.step(batch))
-            optimizer.step()
-
-
-class RecordingLogger(Logger):
-    """Keeps what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.rows: list[tuple[int | None, dict[str, float]]] = []
-
-    @property
-    def name(self) -> str:
-        return "recording"
-
-    @property
-    def version(self) -> int:
-        return 0
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        pass
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if any(key.startswith("curvature/") for key in metrics):
-            self.rows.append((step, dict(metrics)))
-
-    @property
-    def steps(self) -> list[int | None]:
-        return [step for step, _ in self.rows]
-
-
-def fit(
-    root: Path, monitor: CurvatureMonitor, model: LightningModule | None = None, **kwargs: Any
-) -> Trainer:
-    defaults: dict[str, Any] = {
-        "max_epochs": 1,
-        "limit_train_batches": 8,
-        "limit_val_batches": 0,
-        "log_every_n_steps": 1,
-        "logger": False,
-    }
-    trainer = Trainer(
-        accelerator="cpu",
-        default_root_dir=root,
-        callbacks=[monitor, *kwargs.pop("callbacks", [])],
-        enable_checkpointing=False,
-        enable_model_summary=False,
-        enable_progress_bar=kwargs.pop("enable_progress_bar", False),
-        **{**defaults, **kwargs},
-    )
-    trainer.fit(model or Model())
-    return trainer
+from lightning_curvature.callbacks import curvature_monitor
+from lightning_curvature.callbacks.curvature_monitor import plot_history
+from tests.helpers.monitoring import (
+    PNG_SIGNATURE,
+    Model,
+    RecordingLogger,
+    StatsSGD,
+    TwoOptimizers,
+    fit,
+)
 
 
 @pytest.mark.parametrize(
@@ -203,6 +98,23 @@ def test_progress_bar(tmp_path: Path) -> None:
     assert shown["reduction_ratio"] == 0.5
     assert shown["lr"] == pytest.approx(0.01)
     assert "loss" not in shown
+
+
+class Clipping(StatsSGD):
+    """Reports a win rate too, as Sophia does."""
+
+    def step(self, closure: Any = None) -> Any:
+        loss = super().step(closure)
+        self.stats["win_rate"] = torch.tensor(0.25)
+        return loss
+
+
+def test_progress_bar_shows_the_win_rate(tmp_path: Path) -> None:
+    trainer = fit(
+        tmp_path, CurvatureMonitor(plot=False), Model(Clipping), callbacks=[TQDMProgressBar()],
+        enable_progress_bar=True,
+    )  # fmt: skip
+    assert trainer.progress_bar_metrics["win_rate"] == 0.25
 
 
 def test_progress_bar_can_be_left_alone(tmp_path: Path) -> None:
@@ -280,6 +192,36 @@ def test_exception_is_not_hidden_by_a_failing_picture(tmp_path: Path) -> None:
         fit(tmp_path, monitor, Fails())
 
 
+@pytest.mark.parametrize(("every", "expected"), [(None, [6]), (1, [2, 4, 6, 6]), (2, [4, 6])])
+def test_pictures_between_epochs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int | None, expected: list[int]
+) -> None:
+    drawn: list[int] = []
+
+    def note(figure: Any, folder: str, filename: str) -> None:
+        assert (folder, filename) == (str(tmp_path), "curvature.png")
+        drawn.append(int(monitor.history["step"][-1]))
+
+    monkeypatch.setattr(curvature_monitor, "write_picture", note)
+    monitor = CurvatureMonitor(plot_every_n_epochs=every)
+    fit(tmp_path, monitor, max_epochs=3, limit_train_batches=2)
+    assert drawn == expected
+
+
+def test_training_survives_a_failing_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        if len(monitor.history["step"]) < 4:
+            raise OSError("no room")
+
+    monkeypatch.setattr(curvature_monitor, "write_picture", fail)
+    monitor = CurvatureMonitor(plot_every_n_epochs=1)
+    with pytest.warns(UserWarning, match="could not write curvature.png: no room"):
+        fit(tmp_path, monitor, max_epochs=2, limit_train_batches=2)
+    assert len(monitor.history["step"]) == 4
+
+
 def test_other_ranks_write_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Trainer, "is_global_zero", False)
     monitor = CurvatureMonitor()
@@ -304,6 +246,11 @@ def test_optimizer_without_stats(tmp_path: Path) -> None:
         ({"every_n_steps": 0}, ValueError, r"Invalid every_n_steps=0: must be an integer >= 1"),
         ({"every_n_steps": 1.5}, TypeError, r"Invalid every_n_steps=1\.5: must be an integer"),
         ({"filename": ""}, ValueError, r"Invalid filename='': must not be empty\."),
+        (
+            {"plot_every_n_epochs": 0},
+            ValueError,
+            r"Invalid plot_every_n_epochs=0: must be in \[1, inf\)\.",
+        ),
         ({"max_points": 1}, ValueError, r"Invalid max_points=1: must be in \[2, inf\)\."),
     ],
 )
@@ -323,27 +270,6 @@ def test_pyplot_is_not_touched(tmp_path: Path) -> None:
     loaded = "matplotlib.pyplot" in sys.modules
     fit(tmp_path, CurvatureMonitor())
     assert ("matplotlib.pyplot" in sys.modules) == loaded
-
-
-def test_history_is_thinned_out_evenly() -> None:
-    history = _History(max_points=5)
-    for step in range(1, 101):
-        history.append(step, {"loss": float(step)})
-        assert len(history.as_dict()["step"]) <= 5
-    columns = history.as_dict()
-    gaps = {b - a for a, b in zip(columns["step"], columns["step"][1:], strict=False)}
-    assert gaps == {32.0}
-    assert columns["step"][0] == 1.0
-    assert columns["loss"] == columns["step"]
-
-
-def test_history_fills_gaps_with_nan() -> None:
-    history = _History(max_points=5)
-    history.append(1, {"loss": 1.0})
-    history.append(2, {"loss": 2.0, "damping": 3.0})
-    columns = history.as_dict()
-    assert math.isnan(columns["damping"][0])
-    assert columns["damping"][1] == 3.0
 
 
 def test_max_points_in_a_run(tmp_path: Path) -> None:
@@ -378,48 +304,6 @@ def test_second_run_starts_a_new_history(tmp_path: Path) -> None:
     fit(tmp_path, monitor)
     fit(tmp_path, monitor, limit_train_batches=3)
     assert monitor.history["step"] == [1, 2, 3]
-
-
-def test_plot_history_panels() -> None:
-    history = {
-        "step": [1, 2, 3],
-        "loss": [2.0, math.inf, 0.5],
-        "new_loss": [1.5, 1.0, math.nan],
-        "lr": [0.1, 0.1, 0.05],
-        "damping": [1e-3, 2e-3, 1e-3],
-        "reduction_ratio": [-1e6, 0.5, 0.9],
-        "grad_norm": [1.0, 1.0, 1.0],
-    }
-    figure, axes = plot_history(history)
-    assert [panel.get_ylabel() for panel in axes] == PANELS
-    assert [panel.get_yscale() for panel in axes] == ["log", "linear", "log", "linear"]
-    assert [line.get_label() for line in axes[0].get_lines()] == ["loss", "new_loss"]
-    thresholds = {line.get_ydata()[0] for line in axes[3].get_lines()[1:]}
-    assert thresholds == {0.25, 0.75}
-    low, high = axes[3].get_ylim()
-    assert -1 <= low < 0.25
-    assert high > 0.75
-    figure.canvas.draw()
-
-
-def test_plot_history_keeps_linear_axis_for_a_negative_loss() -> None:
-    _, axes = plot_history({"step": [1, 2], "loss": [1.0, -1.0]})
-    assert axes[0].get_yscale() == "linear"
-
-
-def test_plot_history_draws_into_given_axes() -> None:
-    figure, axes = plot_history({"step": [1, 2], "loss": [2.0, 1.0]})
-    again, panels = plot_history({"step": [1, 2], "loss": [3.0, 2.0]}, axes)
-    assert again is figure
-    assert len(panels[0].get_lines()) == 2
-
-
-def test_plot_history_errors() -> None:
-    _, axes = plot_history({"step": [1]})
-    with pytest.raises(ValueError, match=r"Invalid history: must have the key 'step', got \['a'\]"):
-        plot_history({"a": [1.0]})
-    with pytest.raises(ValueError, match=r"Invalid axes: must be 4, got 3\."):
-        plot_history({"step": [1]}, axes[:3])
 
 
 def test_real_optimizer(tmp_path: Path) -> None:

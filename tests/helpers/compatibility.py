@@ -6,11 +6,11 @@ showed for that optimizer. ``pytest tests --write-compatibility`` writes the pag
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from lightning_curvature import list_optimizers
+from tests.helpers.families import LEFT_OUT, contract_of
 
 GROUPS = (
     "Distributed",
@@ -24,13 +24,15 @@ GROUPS = (
     "Other strategies",
 )
 WORKS, UNCHECKED, FAILED = "works", "unchecked", "fails"
+SEPARATOR = "; "
 TEST = "test_compatibility.py"
 
 HEADER = """\
 # Compatibility
 
 What each optimizer does with each feature of Lightning and torch, as the test suite shows it.
-`pytest tests --write-compatibility` generates this page; a test compares it with every run.
+`pytest tests --write-compatibility` generates this page; a test compares it with every run. By
+default some tests run with one optimizer per family only; `pytest --every-optimizer` runs them all.
 
 - **works**: a test uses the feature, and training goes on as it must.
 - **refused**: the optimizer stops before it can do harm; the message is given.
@@ -64,7 +66,7 @@ def combined(outcomes: Iterable[str]) -> str:
         return FAILED
     if WORKS in different:  # first what works, then what is refused
         different = [WORKS, *(outcome for outcome in different if outcome != WORKS)]
-    return "; ".join(different) or UNCHECKED
+    return SEPARATOR.join(different) or UNCHECKED
 
 
 def rows_of(cells: Mapping[Key, str]) -> Rows:
@@ -119,25 +121,34 @@ def _cells(line: str) -> list[str]:
     return [cell.replace("\\|", "|") for cell in inside.split(" | ")]
 
 
-def differences(page: Rows, found: Mapping[Key, str], *, whole: bool) -> list[str]:
+def differences(
+    page: Rows, found: Mapping[Key, str], *, whole: bool, thinned: bool = False
+) -> list[str]:
     """List where a page is not what a session showed.
 
     Args:
         page: Rows of the page.
         found: Outcomes of the session. What it could not check contradicts nothing.
-        whole: Whether all tests ran: rows of the page that no test shows are then out of date.
+        whole: Whether every row had a test: rows of the page that no test shows are then out of
+            date.
+        thinned: Whether variants of tests were left out: they may show more than was found.
     """
     lines = []
     for (group, title, optimizer), outcome in sorted(found.items()):
         if outcome == FAILED:  # that test says so itself
             continue
         written = page.get((group, title), {}).get(optimizer, "no row")
-        if outcome != written and (outcome != UNCHECKED or written == "no row"):
+        same = outcome == written or (thinned and set(_parts(outcome)) <= set(_parts(written)))
+        if not same and (outcome != UNCHECKED or written == "no row"):
             lines.append(f"{group} / {title} / {optimizer}: page {written!r}, tests {outcome!r}")
     if whole:
         gone = page.keys() - {key[:2] for key in found}
         lines += [f"{group} / {title}: on the page, but no test" for group, title in sorted(gone)]
     return lines
+
+
+def _parts(outcome: str) -> list[str]:
+    return outcome.split(SEPARATOR)
 
 
 class CompatibilityPlugin:
@@ -147,6 +158,9 @@ class CompatibilityPlugin:
         config: The session's.
         page: Path of the page.
         tests: Folder of the tests.
+
+    Attributes:
+        thinned: Whether wide tests were left out, see tests/helpers/families.py.
     """
 
     def __init__(self, config: pytest.Config, page: Path, tests: Path) -> None:
@@ -156,10 +170,11 @@ class CompatibilityPlugin:
         self._keys: dict[str, list[Key]] = {}
         self._reported: set[str] = set()
         self._complete = not any("::" in arg for arg in config.args)
+        self.thinned = False
 
     @property
     def is_whole(self) -> bool:
-        """Whether every test marked ``feature`` was collected and has run."""
+        """Whether every test marked ``feature`` was collected and has run, wide ones thinned."""
         return self._complete and self._keys.keys() <= self._reported
 
     @pytest.hookimpl(trylast=True)
@@ -169,7 +184,9 @@ class CompatibilityPlugin:
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Note that not everything runs."""
-        self._complete = False
+        thinned = [item.stash.get(LEFT_OUT, False) for item in items]
+        self.thinned |= any(thinned)
+        self._complete &= all(thinned)
 
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Learn which test shows what."""
@@ -200,12 +217,13 @@ class CompatibilityPlugin:
         if failed:
             return f"{self.page.name} not written, because of failures: {', '.join(failed)}"
         rows = rows_of(cells)
-        if not self.is_whole and self.page.exists():
+        whole = self.is_whole and not self.thinned
+        if not whole and self.page.exists():
             before = parse(self.page.read_text(encoding="utf-8"))
             rows = {key: before.get(key, {}) | rows.get(key, {}) for key in before | rows}
         self.page.write_text(render(rows), encoding="utf-8")
         return f"{self.page.name} written: {len(rows)} features" + (
-            "" if self.is_whole else " (some of them as they were: not all tests ran)"
+            "" if whole else " (some of them as they were: not all tests ran)"
         )
 
 
@@ -213,10 +231,11 @@ def _keys_of(item: pytest.Item) -> list[Key]:
     marks = list(item.iter_markers("feature"))
     if not marks:
         return []
-    callspec = getattr(item, "callspec", None)
-    contract: Any = None if callspec is None else callspec.params.get("contract")
+    contract = contract_of(item)
     if contract is None:
-        raise pytest.UsageError(f"{item.nodeid}: a feature is shown with @every_optimizer.")
+        raise pytest.UsageError(
+            f"{item.nodeid}: a feature is shown with @every_optimizer or @every_family."
+        )
     for mark in marks:
         if len(mark.args) != 2 or mark.args[0] not in GROUPS:
             raise pytest.UsageError(

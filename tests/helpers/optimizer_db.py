@@ -1,5 +1,6 @@
 """What the contract tests need to know about each optimizer beyond its registry row."""
 
+import inspect
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import partial
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import CurvatureOptimizer, OptimizerInfo, list_optimizers
+from tests.helpers.labels import ContentSampler
 
 
 @dataclass(frozen=True)
@@ -18,15 +20,27 @@ class Contract:
 
     Attributes:
         info: Its row in the registry.
-        options: Arguments under which it must train the small problems.
+        options: Arguments under which it must train the small problems, and under which it asks
+            its oracle often enough for them.
         quiet: Arguments that postpone everything it may read from the device now and then.
-        stochastic: Whether two runs differ unless the global seed is set.
+        exact: Arguments under which a batch may be cut in micro-batches and dealt out to ranks
+            without changing the steps.
+        sampler: What then draws in the place of the optimizer's own sampler, None if it draws
+            nothing of its own for each micro-batch and rank.
+        represents: Whether the wide tests take it for its family, instead of the first one.
     """
 
     info: OptimizerInfo
     options: dict[str, Any] = field(default_factory=dict)
     quiet: dict[str, Any] = field(default_factory=dict)
-    stochastic: bool = False
+    exact: dict[str, Any] = field(default_factory=dict)
+    sampler: type | None = None
+    represents: bool = False
+
+    @property
+    def runs_again(self) -> bool:
+        """Whether it asks for extra passes."""
+        return not self.info.asks.isdisjoint({"loss", "directional", "hvp"})
 
     def make(self, params: Iterable[Any], **options: Any) -> CurvatureOptimizer:
         """Build the optimizer."""
@@ -36,15 +50,82 @@ class Contract:
         """Return a function of the parameters."""
         return partial(self.make, **options)
 
+    def make_exact(self, params: Iterable[Any], **options: Any) -> CurvatureOptimizer:
+        """Build the optimizer for comparisons of ranks and micro-batches with a whole batch."""
+        optimizer = self.make(params, **{**self.exact, **options})
+        if self.sampler is not None:
+            optimizer.sampler = self.sampler
+        return optimizer
+
+    def takes(self, *arguments: str) -> bool:
+        """Tell whether the optimizer has all these arguments."""
+        return set(arguments) <= set(inspect.signature(self.info.cls).parameters)
+
+    def known(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return those options that the optimizer has."""
+        return {name: value for name, value in options.items() if self.takes(name)}
+
+    @property
+    def rich(self) -> dict[str, Any]:
+        """Arguments under which more than the defaults has to be saved."""
+        return {**dict.fromkeys(self.intervals, RICH_INTERVAL), **self.known(RICH)}
+
+    @property
+    def intervals(self) -> tuple[str, ...]:
+        """Names of the arguments that say how often something is refreshed."""
+        names = inspect.signature(self.info.cls).parameters
+        return tuple(name for name in names if name.endswith("_update_interval"))
+
 
 NEVER = 1_000_000
+# Interval of the estimates of those that make some, so that steps of both kinds are tested.
+PERIOD = 2
+
+# Arguments under which more than the defaults has to be saved.
+RICH: dict[str, Any] = {
+    "lr_ema": 0.5,
+    "curvature_ema": 0.5,
+    "damping_update_interval": 2,
+    "weight_decay": 0.1,
+}
+RICH_INTERVAL = 3
+
+# Entries of the curvature's state that older releases did not save.
+OPTIONAL = ("schedules",)
+
+# Short averages: a problem is over after a hundred steps.
+SOPHIA: dict[str, Any] = {
+    "lr": 0.1,
+    "betas": (0.5, 0.9),
+    "weight_decay": 0.0,
+    "hessian_update_interval": PERIOD,
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},
     "sgdqlr": {"quiet": {"max_failures": NEVER}},
+    "adahessian": {
+        "options": {
+            "lr": 0.1,
+            "hessian_update_interval": PERIOD,
+            "hvp_method": "double-backward",
+        },
+        "quiet": {"max_failures": NEVER},
+    },
+    "sophiag": {
+        "options": {**SOPHIA, "rho": 1.0},
+        "exact": {"squared": "window"},
+        "sampler": ContentSampler,
+        "quiet": {"max_failures": NEVER},
+    },
+    "sophiah": {
+        "options": {**SOPHIA, "rho": 1.0, "hvp_method": "double-backward"},
+        "quiet": {"max_failures": NEVER},
+    },
 }
 
 CONTRACTS = [Contract(info, **SPECIAL.get(info.name, {})) for info in list_optimizers()]
+
 
 every_optimizer = pytest.mark.parametrize(
     "contract", CONTRACTS, ids=[contract.info.name for contract in CONTRACTS]

@@ -1,7 +1,6 @@
 """Runs that are interrupted and resumed, on one rank or several, and what they leave behind."""
 
 import copy
-import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,14 +22,6 @@ from tests.helpers.stateful_loader import StatefulLoader
 # 20 rows in batches of 4.
 BATCHES, EPOCHS = 5, 2
 SAVERS = ("epoch", "steps", "callback")
-# Options under which more than the defaults has to be saved.
-RICH = {
-    "lr_ema": 0.5,
-    "curvature_ema": 0.5,
-    "curvature_update_interval": 3,
-    "damping_update_interval": 2,
-    "weight_decay": 0.1,
-}
 
 
 class Interrupted(Exception):
@@ -159,12 +150,6 @@ def saver(kind: str, path: Path, steps: int) -> Callback:
         return Save(path, steps)
     when = {"every_n_epochs": 1} if kind == "epoch" else {"every_n_train_steps": steps}
     return ModelCheckpoint(path.parent, filename=path.stem, **when)
-
-
-def known(contract: Contract, options: dict[str, Any]) -> dict[str, Any]:
-    """Return those options that the optimizer has."""
-    parameters = inspect.signature(contract.info.cls).parameters
-    return {name: value for name, value in options.items() if name in parameters}
 
 
 def tensors_in(state: Any) -> list[Tensor]:

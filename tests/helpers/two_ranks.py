@@ -5,12 +5,12 @@ there is one rank. Whatever it measures comes back as an `Outcome`.
 """
 
 import copy
-import inspect
 import random
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,14 +114,9 @@ def weights_of(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in module.parameters()])
 
 
-def takes(contract: Contract, argument: str) -> bool:
-    """Tell whether an optimizer has an argument."""
-    return argument in inspect.signature(contract.info.cls).parameters
-
-
-def responsive(contract: Contract) -> dict[str, Any]:
-    """Return those of the arguments `RESPONSIVE` that an optimizer has."""
-    return {name: value for name, value in RESPONSIVE.items() if takes(contract, name)}
+def maker(contract: Contract, options: Mapping[str, Any] | None = None) -> MakeOptimizer:
+    """Return what makes the optimizer for a comparison of ranks with one process."""
+    return partial(contract.make_exact, **{**contract.known(RESPONSIVE), **(options or {})})
 
 
 # Fits
@@ -197,7 +192,7 @@ def fit(
         route: See `attached`.
         data: The rows of all ranks.
         batch_size: Rows of a batch of all ranks together.
-        options: Arguments of the optimizer besides those of `responsive`.
+        options: Arguments of the optimizer besides those of `maker`.
         directional: See `attached`. "auto" starts with forward mode.
         window: See `attached`.
         flags: See `attached`.
@@ -210,7 +205,7 @@ def fit(
     callbacks = copy.deepcopy(list(callbacks))
     caught: list[str] = []
     with _set_up(1 + (rank if own_seeds else 0), directional != "fd", caught):
-        module = make_module(contract.making(**{**responsive(contract), **(options or {})}))
+        module = make_module(maker(contract, options))
         witness = Witness()
         strategy, attaching = attached(route, directional, window, flags or {})
         trainer = make_trainer(
@@ -253,7 +248,7 @@ def loop(contract: Contract, *, wrapped: bool = False, accumulate: int = 1) -> O
     with _set_up(1, True, caught):
         network = mlp_module(contract.make).network.double()
         model = DistributedDataParallel(network) if world()[1] > 1 else network
-        optimizer = contract.make(model.parameters(), **responsive(contract))
+        optimizer = maker(contract)(model.parameters())
         criterion: Callable[..., Tensor] = F.cross_entropy
         if contract.info.asks:
             watched = model if wrapped else network

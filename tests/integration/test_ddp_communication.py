@@ -1,6 +1,5 @@
 """What the ranks send each other for an optimizer's questions, besides what DDP sends anyway."""
 
-import inspect
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -149,8 +148,7 @@ def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None
 @every_optimizer
 @pytest.mark.feature("Distributed", "Communication: none on steps that ask nothing")
 def test_steps_that_ask_nothing_send_nothing(contract: Contract, ranks: RankPool) -> None:
-    arguments = inspect.signature(contract.info.cls).parameters
-    intervals = {name: 3 for name in arguments if name.endswith("_update_interval")}
+    intervals = dict.fromkeys(contract.intervals, 3)
     steps = beyond_ddp(ranks, contract.making(**intervals), "strategy")
     check(steps, contract)
     if intervals:

@@ -19,7 +19,7 @@ from tests.helpers.rank_modules import (
     Validated,
 )
 from tests.helpers.ranks import RankPool
-from tests.helpers.two_ranks import assert_same_on_all, compare, deviation, fit, takes, unlike
+from tests.helpers.two_ranks import assert_same_on_all, compare, deviation, fit, unlike
 
 pytestmark = [pytest.mark.ddp]
 
@@ -42,7 +42,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_variants(contract: Contract, name: str, ranks: RankPool) -> None:
     """Decisions come from averages or from the number of the step, so all ranks ask alike."""
     options = VARIANTS[name]
-    if not all(takes(contract, argument) for argument in options):
+    if not contract.takes(*options):
         pytest.skip(f"has no {', '.join(options)}")
     settings: dict[str, Any] = {"accumulate_grad_batches": 2, "max_epochs": 3}
     first, _, _ = compare(ranks, fit, contract, options=options, **settings)
@@ -53,7 +53,7 @@ def test_variants(contract: Contract, name: str, ranks: RankPool) -> None:
 def test_steps_taken_back(contract: Contract, ranks: RankPool) -> None:
     """Long steps, some of them uphill: all ranks reject the same ones."""
     options = {"damping_algorithm": "decreasing-loss", "amplification": 2.5}
-    if not all(takes(contract, argument) for argument in options):
+    if not contract.takes(*options):
         pytest.skip("takes no step back")
     first, _, _ = compare(
         ranks, fit, contract, within=1e-9, options=options, callbacks=[Weights()], max_epochs=2

@@ -11,7 +11,7 @@ from tests.helpers.modules import vectors
 from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.rank_callbacks import Gradients
 from tests.helpers.ranks import RankPool
-from tests.helpers.two_ranks import compare, deviation, fit, takes
+from tests.helpers.two_ranks import compare, deviation, fit
 
 pytestmark = [pytest.mark.ddp]
 
@@ -100,7 +100,7 @@ def test_gradient_clipping(
 @every_optimizer
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_clipping_by_the_optimizer(contract: Contract, accumulate: int, ranks: RankPool) -> None:
-    if not takes(contract, "grad_clip_norm"):
+    if not contract.takes("grad_clip_norm"):
         pytest.skip("has no grad_clip_norm")
     settings = {"accumulate_grad_batches": accumulate, "max_epochs": 2}
     clipped, _, _ = compare(ranks, fit, contract, options={"grad_clip_norm": 0.05}, **settings)

@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
-from torch import Tensor, nn
+from torch import Tensor
 
 from tests.helpers.faults import assert_finite
 from tests.helpers.modules import loader, vectors
@@ -64,12 +64,6 @@ class Diary(Callback):
         ]
 
 
-def options_for(contract: Contract, **options: Any) -> dict[str, Any]:
-    """Return the options that the optimizer has."""
-    known = contract.make([nn.Parameter(torch.ones(1))]).defaults
-    return {name: value for name, value in options.items() if name in known}
-
-
 # A curvature that is not finite: with the guard the damping alone sets the length of the step.
 UNGUARDED = {"curvature_guard": False}
 
@@ -80,7 +74,7 @@ def fit(
     """Fit; return the module, what was noted and the warnings."""
     seed_everything(3)
     options = {"max_failures": LIMIT, **kwargs.pop("options", {})}
-    module = SpoiledModule(contract.making(**options_for(contract, **options)), spoiler)
+    module = SpoiledModule(contract.making(**contract.known(options)), spoiler)
     diary = kwargs.pop("diary", None) or Diary()
     data = loader(vectors(4 * PER_EPOCH))
     with warnings.catch_warnings(record=True) as caught:
@@ -251,7 +245,7 @@ def test_no_loss_under_accumulation(contract: Contract, missing: list[int]) -> N
 @pytest.mark.feature("Faults", "Too many unusable steps in a row")
 def test_max_failures(contract: Contract, route: str, kind: str) -> None:
     """Training stops with the recent history, and everything is detached."""
-    if not options_for(contract, max_failures=LIMIT):
+    if not contract.takes("max_failures"):
         return
     spoiler = Spoiler(kind, range(6, 100))
     name = contract.info.cls.__name__
@@ -271,9 +265,9 @@ def test_max_failures(contract: Contract, route: str, kind: str) -> None:
 @pytest.mark.feature("Faults", "Too many unusable steps in a row")
 def test_the_count_survives_a_checkpoint(contract: Contract, tmp_path: Path) -> None:
     """Two bad steps before the interruption and two after make four."""
-    if not options_for(contract, max_failures=LIMIT):
+    if not contract.takes("max_failures"):
         return
-    make = contract.making(**options_for(contract, max_failures=LIMIT))
+    make = contract.making(max_failures=LIMIT)
     data = loader(vectors(16))
     trainer = make_trainer("strategy")
     with pytest.warns(RuntimeWarning, match="skipped 2 of 4 steps"):

@@ -16,7 +16,7 @@ from tests.helpers.modules import MakeOptimizer
 from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.ranks import RankPool, world
 from tests.helpers.spoiled import BAD_EXTRA, BAD_GRADIENTS, SpoiledModule, Spoiler
-from tests.helpers.two_ranks import Outcome, assert_same_on_all, fit, takes
+from tests.helpers.two_ranks import Outcome, assert_same_on_all, fit
 
 pytestmark = pytest.mark.ddp
 
@@ -46,7 +46,7 @@ def spoiled_fit(
     return fit(
         contract,
         partial(module_for, kind=kind, bad=bad, rank=rank),
-        options={name: value for name, value in chosen.items() if takes(contract, name)},
+        options=contract.known(chosen),
         callbacks=[Inspection()],
         max_epochs=EPOCHS,
         **settings,
@@ -116,7 +116,7 @@ def test_one_bad_micro_batch(contract: Contract, ranks: RankPool) -> None:
 @pytest.mark.feature("Faults", "Too many unusable steps in a row on two ranks")
 def test_max_failures(contract: Contract, route: str, kind: str, ranks: RankPool) -> None:
     """Both ranks stop at the same step with the same error."""
-    if not takes(contract, "max_failures"):
+    if not contract.takes("max_failures"):
         return
     errors = ranks.run(failed_fit, contract, kind, bad=range(6, 100), route=route)
     name = contract.info.cls.__name__

@@ -1,6 +1,5 @@
 """Every optimizer beside torch.compile; tests/test_compile.py compares what the oracle answers."""
 
-import inspect
 import shutil
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -117,10 +116,8 @@ def test_the_number_of_graphs(contract: Contract) -> None:
         graphs.append(torch.is_grad_enabled())
         return graph.forward
 
-    intervals = {"curvature_update_interval": 2, "damping_update_interval": 2}
-    arguments = inspect.signature(contract.info.cls).parameters
-    known = {name: steps for name, steps in intervals.items() if name in arguments}
-    run = prepare(contract, stock, make_optimizer=contract.making(**known), max_epochs=2)
+    make = contract.making(**dict.fromkeys(contract.intervals, 2))
+    run = prepare(contract, stock, make_optimizer=make, max_epochs=2)
     run.trainer.fit(submodule(run.module, counting), batched())
     # One with a graph for main passes, one without for extra passes.
     assert len(graphs) <= (2 if contract.info.asks else 1)

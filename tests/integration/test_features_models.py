@@ -1,6 +1,5 @@
 """Every optimizer on the kinds of models and training steps that people have."""
 
-import inspect
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -257,7 +256,7 @@ def test_partly_optimized_parameters(contract: Contract) -> None:
 @title("several parameter groups")
 def test_groups_with_their_own_settings(contract: Contract) -> None:
     """A rate of zero holds a group still; equal groups are as good as one."""
-    if "lr" not in inspect.signature(contract.info.cls).parameters:
+    if not contract.takes("lr"):
         pytest.skip("has no lr")
 
     def held(network: nn.Sequential) -> list[dict[str, Any]]:
@@ -280,7 +279,7 @@ def test_groups_with_their_own_settings(contract: Contract) -> None:
 @title("weight decay of a parameter group")
 def test_a_group_with_weight_decay(contract: Contract) -> None:
     """As everyone does it: decay for matrices, none for biases."""
-    if "weight_decay" not in inspect.signature(contract.info.cls).parameters:
+    if not contract.takes("weight_decay"):
         pytest.skip("has no weight_decay")
 
     def groups(network: nn.Sequential, decay: float = 0.5) -> list[dict[str, Any]]:

@@ -1,6 +1,5 @@
 """Every optimizer beside the arguments of the Trainer that touch training or loading."""
 
-import inspect
 import itertools
 from typing import Any
 
@@ -279,7 +278,7 @@ def test_overridden_hooks(contract: Contract) -> None:
 @title("learning-rate scheduler, per epoch")
 def test_a_schedule_per_epoch(contract: Contract, route: str) -> None:
     """An ordinary scheduler is an envelope of the step: zero means stand still."""
-    if "lr" not in inspect.signature(contract.info.cls).parameters:
+    if not contract.takes("lr"):
         pytest.skip("has no lr")
 
     class Scheduled(Validated):

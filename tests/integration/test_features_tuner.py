@@ -1,6 +1,5 @@
 """Every optimizer beside what Lightning tunes: learning-rate finder and batch-size finder."""
 
-import inspect
 from typing import Any
 
 import pytest
@@ -82,7 +81,7 @@ def tunable(make_optimizer: Any) -> Tunable:
 
 def skip_without_lr(contract: Contract) -> None:
     """Skip optimizers that have no learning rate to find."""
-    if "lr" not in inspect.signature(contract.info.cls).parameters:
+    if not contract.takes("lr"):
         pytest.skip("has no lr")
 
 

@@ -17,13 +17,11 @@ from tests.helpers.optimizer_db import Contract, every_optimizer, identical
 from tests.helpers.plain_loop import Loop
 from tests.helpers.resuming import (
     BATCHES,
-    RICH,
     SAVERS,
     Run,
     Save,
     Scheduled,
     build,
-    known,
     run,
     saver,
     tensors_in,
@@ -82,7 +80,7 @@ def floating_dtypes(state: dict[str, Any]) -> set[torch.dtype]:
 @savers
 @pytest.mark.parametrize("options", ["defaults", "rich"])
 def test_resume(contract: Contract, options: str, kind: str, tmp_path: Path) -> None:
-    given = known(contract, RICH) if options == "rich" else {}
+    given = contract.rich if options == "rich" else {}
     path = tmp_path / "saved" / "part.ckpt"
     whole = run(contract, given)
     part = run(contract, given, stop_before=STOPS[kind], callbacks=[saver(kind, path, 3)])
@@ -101,7 +99,7 @@ def test_resume(contract: Contract, options: str, kind: str, tmp_path: Path) -> 
 )
 def test_resume_keeps_dtypes(contract: Contract, precision: str, tmp_path: Path) -> None:
     """Statistics of half-precision parameters stay in float32, which torch alone would cast."""
-    given = known(contract, RICH)
+    given = contract.rich
     path = tmp_path / "part.ckpt"
     whole = run(contract, given, precision=precision)
     part = run(contract, given, precision=precision, stop_before=3, callbacks=[Save(path, 3)])
@@ -133,7 +131,7 @@ def test_resume_with_accumulation(contract: Contract, kind: str, tmp_path: Path)
     """Two steps are four batches; the last window of an epoch has one."""
     path = tmp_path / "saved" / "part.ckpt"
     stop = BATCHES if kind == "epoch" else 4
-    given = {**known(contract, RICH), **known(contract, {"curvature_update_interval": 2})}
+    given = {**contract.rich, **dict.fromkeys(contract.intervals, 2)}
     settings: dict[str, Any] = {"accumulate_grad_batches": 2}
     whole = run(contract, given, **settings)
     part = run(contract, given, stop_before=stop, callbacks=[saver(kind, path, 2)], **settings)
@@ -171,7 +169,7 @@ def test_resume_with_a_scheduler(contract: Contract, tmp_path: Path) -> None:
 @every_optimizer
 @pytest.mark.feature("Resume", "interrupted several times")
 def test_resume_twice(contract: Contract, tmp_path: Path) -> None:
-    given = known(contract, RICH)
+    given = contract.rich
     first, second = tmp_path / "first.ckpt", tmp_path / "second.ckpt"
     whole = run(contract, given)
     one = run(contract, given, stop_before=2, callbacks=[Save(first, 2)])
@@ -241,7 +239,7 @@ def test_resume_with_other_callbacks(
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_continue_in_a_plain_loop(contract: Contract, scheduled: bool, tmp_path: Path) -> None:
     path = tmp_path / "part.ckpt"
-    given = known(contract, RICH)
+    given = contract.rich
     whole = run(contract, given, scheduled=scheduled)
     part = run(contract, given, scheduled=scheduled, stop_before=3, callbacks=[Save(path, 3)])
 
@@ -277,7 +275,7 @@ def test_continue_in_a_plain_loop(contract: Contract, scheduled: bool, tmp_path:
 def test_continue_from_a_plain_loop(
     contract: Contract, route: str, where: str, tmp_path: Path
 ) -> None:
-    given = known(contract, RICH)
+    given = contract.rich
     whole = run(contract, given, route=route)
     loop = Loop(build(contract, {}).network, contract.making(**given), directional="auto")
     losses = loop.train(StatefulLoader(vectors()))

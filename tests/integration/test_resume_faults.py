@@ -14,7 +14,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer, identical
 from tests.helpers.probing import ROUTES
 from tests.helpers.ranks import RankPool
-from tests.helpers.resuming import RICH, Save, known, run
+from tests.helpers.resuming import Save, run
 
 KINDS = ("adam", "another", "newer", "lost", "replaced")
 
@@ -135,7 +135,7 @@ class Tries(Callback):
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_refused_in_the_middle_of_a_fit(contract: Contract, precision: str) -> None:
     """The run goes on as if nobody had tried, bit for bit."""
-    given = known(contract, RICH)
+    given = contract.rich
     tries = Tries(contract)
     undisturbed = run(contract, given, precision=precision)
     disturbed = run(contract, given, precision=precision, callbacks=[tries])

@@ -11,7 +11,7 @@ import torch
 
 from tests.helpers.optimizer_db import Contract, every_optimizer, identical
 from tests.helpers.ranks import RankPool
-from tests.helpers.resuming import BATCHES, RICH, Run, known, run, saver
+from tests.helpers.resuming import BATCHES, Run, run, saver
 
 pytestmark = [
     pytest.mark.ddp,
@@ -56,7 +56,7 @@ def assert_same_everywhere(results: list[Run]) -> Run:
     ],
 )
 def test_resume(contract: Contract, kind: str, route: str, ranks: RankPool, tmp_path: Path) -> None:
-    given = known(contract, RICH)
+    given = contract.rich
     path = tmp_path / "saved" / "part.ckpt"
     wholes = ranks.run(trained, contract, given, kind, None, route=route)
     parts = ranks.run(trained, contract, given, kind, path, route=route, stop_before=STOPS[kind])
@@ -97,7 +97,7 @@ def test_resume_on_another_number_of_ranks(
 ) -> None:
     """The batches are the same as a whole, so the steps are, but for the order of sums."""
     path = tmp_path / "saved" / "part.ckpt"
-    given = known(contract, RICH)
+    given = contract.rich
     settings: dict[str, Any] = {"precision": "64-true", "directional": "jvp"}
     whole = trained(contract, given, "steps", None, **settings)
     if first == "two":

@@ -13,9 +13,8 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import CurvatureOptimizer
-from tests.helpers.optimizer_db import Contract, every_optimizer, identical
+from tests.helpers.optimizer_db import OPTIONAL, Contract, every_optimizer, identical
 from tests.helpers.plain_loop import Loop, classification, network
-from tests.helpers.resuming import RICH, known
 
 Path = tuple[Any, ...]
 
@@ -69,6 +68,10 @@ def spoiled(good: dict[str, Any], optimizer: CurvatureOptimizer) -> Iterator[tup
         ("curvature", "scalars"): {k: v for k, v in ANYTHING.items() if v != {}},
     }
     wrong.update({("curvature", "scalars", name): NOT_A_SCALAR for name in own["scalars"]})
+    wrong["curvature", "schedules"] = {
+        **{k: v for k, v in ANYTHING.items() if v != {}},
+        "no states": {"damping_update_interval": 3},
+    }
     wrong["curvature", "oracle"] = {k: v for k, v in ANYTHING.items() if v != {}}
     wrong.update(
         {("curvature", "oracle", name): {"a dict": {}, "3.5": 3.5} for name in own["oracle"]}
@@ -90,7 +93,7 @@ def spoiled(good: dict[str, Any], optimizer: CurvatureOptimizer) -> Iterator[tup
         for how, value in values.items():
             yield path, how, edited(good, path, value)
     required = [("state",), ("param_groups",), ("curvature",)]
-    required += [("curvature", name) for name in own]
+    required += [("curvature", name) for name in own if name not in OPTIONAL]
     required += [("curvature", "oracle", name) for name in own["oracle"]]
     required += [("param_groups", 0, name) for name in group]
     required += [("state", index, name) for index, name in kept]
@@ -116,7 +119,7 @@ def is_named(path: Path, text: str, optimizer: CurvatureOptimizer) -> bool:
 @every_optimizer
 @pytest.mark.feature("Faults", "damaged optimizer state: refused, nothing changes")
 def test_damage_is_named_and_changes_nothing(contract: Contract) -> None:
-    given = known(contract, RICH)
+    given = contract.rich
     loop, twin = (Loop(network(), contract.making(**given)) for _ in range(2))
     for each in (loop, twin):
         each.train(classification(4))

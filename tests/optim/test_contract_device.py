@@ -1,7 +1,6 @@
 """The contract of every optimizer of lightning_curvature/registry.py: memory and the device."""
 
 import gc
-import inspect
 import weakref
 from typing import Any
 
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
 from tests.helpers.plain_loop import Loop, classification, network
 
@@ -79,9 +79,14 @@ SYNC_OPTIONS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("options", SYNC_OPTIONS)
 @pytest.mark.parametrize("directional", ["jvp", "fd"])
 def test_a_step_does_not_wait_for_the_device(
-    contract: Contract, options: dict[str, Any], directional: str
+    contract: Contract,
+    options: dict[str, Any],
+    directional: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    if not set(options) <= set(inspect.signature(contract.info.cls).parameters):
+    # On a CPU, where that costs nothing, they look at the gradient.
+    monkeypatch.setattr(DiagonalOptimizer, "_can_look", lambda *_: False)
+    if not contract.takes(*options):
         pytest.skip("arguments of another optimizer")
     dtype = torch.float32
     make = contract.making(**options, **contract.quiet)
@@ -95,15 +100,17 @@ def test_a_step_does_not_wait_for_the_device(
         loop.backward(x, y)
         reads.append(reads_of(loop))
     # The self-check reads at the first ask, so this also proves that reading is noticed.
-    assert bool(reads[0]) == bool(contract.info.asks)
+    if "directional" in contract.info.asks:
+        assert reads[0]
+    assert contract.info.asks or not reads[0]
     assert reads[1:] == [[]] * 5
 
 
 @every_optimizer
 def test_reading_steps_come_at_the_announced_interval(contract: Contract) -> None:
     """The self-check reads every 50th ask."""
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if "directional" not in contract.info.asks:
+        pytest.skip("checks nothing")
     loop = Loop(network(), contract.making(**contract.quiet))
     (x, y), *_ = classification(1)
     reading = []

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lightning_curvature import CurvatureOptimizer
 from tests.helpers.optimizer_db import (
     CONTRACTS,
+    OPTIONAL,
     Contract,
     every_optimizer,
     identical,
@@ -41,22 +42,6 @@ def assert_same(one: Loop, other: Loop) -> None:
         assert torch.equal(tensor, others[name]), name
     for name, value in one.optimizer.stats.items():
         assert torch.equal(value, other.optimizer.stats[name]), name
-
-
-# Options under which more than the defaults has to be saved.
-RICH = {
-    "lr_ema": 0.5,
-    "curvature_ema": 0.5,
-    "curvature_update_interval": 3,
-    "damping_update_interval": 2,
-    "weight_decay": 0.1,
-}
-
-
-def rich(contract: Contract) -> dict[str, Any]:
-    """Return those of the rich options that the optimizer has."""
-    known = inspect.signature(contract.info.cls).parameters
-    return {name: value for name, value in RICH.items() if name in known}
 
 
 # Groups
@@ -105,7 +90,7 @@ def test_groups_must_agree_in_shared_hyper_parameters(contract: Contract) -> Non
 def test_a_shared_hyper_parameter_may_be_given_in_all_groups(contract: Contract) -> None:
     """A group's value counts where it differs from the argument but not from the other groups."""
     one, two = nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2))
-    if "max_lr" not in inspect.signature(contract.info.cls).parameters:
+    if not contract.takes("max_lr"):
         pytest.skip("has no max_lr")
     optimizer = contract.make([{"params": [one], "max_lr": 0.7}, {"params": [two], "max_lr": 0.7}])
     assert [group["max_step_length"] for group in optimizer.param_groups] == [0.7, 0.7]
@@ -166,7 +151,7 @@ def test_state_dict_has_torchs_layout(contract: Contract) -> None:
 @every_optimizer
 def test_state_dict_is_a_snapshot_of_the_scalars(contract: Contract) -> None:
     """Further steps change no saved number (tensors of parameters are shared, as in torch)."""
-    loop = Loop(network(), contract.making(**rich(contract)))
+    loop = Loop(network(), contract.making(**contract.rich))
     loop.train(classification(2))
     saved = loop.optimizer.state_dict()["curvature"]
     before = copy.deepcopy(saved)
@@ -179,7 +164,7 @@ def test_state_dict_is_a_snapshot_of_the_scalars(contract: Contract) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
 def test_resume_is_bitwise(contract: Contract, options: str, dtype: torch.dtype) -> None:
     """K steps, save, load, k steps are 2k steps."""
-    make = contract.making(**(rich(contract) if options == "rich" else {}))
+    make = contract.making(**(contract.rich if options == "rich" else {}))
     batches = classification(2 * STEPS, dtype=dtype)
     whole = Loop(network(dtype=dtype), make, directional="auto")
     torch.manual_seed(1)
@@ -216,7 +201,7 @@ def test_load_brings_the_saved_hyper_parameters(contract: Contract) -> None:
 @every_optimizer
 def test_load_copies(contract: Contract) -> None:
     """Training on does not change what was loaded (but, as in torch, tensors of parameters)."""
-    loop = Loop(network(), contract.making(**rich(contract)))
+    loop = Loop(network(), contract.making(**contract.rich))
     loop.train(classification(4))
     saved = through_a_file(loop.optimizer.state_dict())
     original = copy.deepcopy(saved)
@@ -287,7 +272,7 @@ def foreign_states(contract: Contract) -> dict[str, tuple[Any, type[Exception], 
             ValueError,
             f"^Cannot load the state of '{their_name}' into {name}.$",
         )
-    for key in good["curvature"]:
+    for key in good["curvature"].keys() - set(OPTIONAL):
         rest = {k: v for k, v in good["curvature"].items() if k != key}
         states[f"without-{key}"] = ({**good, "curvature": rest}, ValueError, "Cannot load")
     for key in good["state"].get(0, {}):
@@ -325,7 +310,7 @@ def test_foreign_and_truncated_states_are_refused(contract: Contract) -> None:
 def test_copies_continue_alike(contract: Contract, how: str) -> None:
     """The oracle is not copied: a copy belongs to another model and is attached anew."""
     batches = classification(2 * STEPS)
-    loop = Loop(network(), contract.making(**rich(contract)))
+    loop = Loop(network(), contract.making(**contract.rich))
     loop.train(batches[:STEPS])
     pair: tuple[nn.Module, CurvatureOptimizer]
     if how == "deepcopy":

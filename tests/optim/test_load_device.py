@@ -15,9 +15,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.oracle import Oracle
 from lightning_curvature.oracle.protocol import Directional
-from tests.helpers.optimizer_db import Contract, every_optimizer, identical, state_tensors
+from tests.helpers.optimizer_db import (
+    RICH,
+    Contract,
+    every_optimizer,
+    identical,
+    state_tensors,
+)
 from tests.helpers.plain_loop import Loop, classification, network
-from tests.helpers.resuming import RICH, known, tensors_in
+from tests.helpers.resuming import tensors_in
 
 STEPS = 4
 # Options that move other numbers of the state, besides the defaults.
@@ -69,11 +75,13 @@ class Constant(Oracle):
         device: The device.
     """
 
-    capabilities = frozenset({"loss", "directional", "hvp"})
+    capabilities = frozenset({"loss", "directional", "hvp", "sampled"})
     ready = True
 
     def __init__(self, device: str) -> None:
+        super().__init__()
         self._one = torch.ones((), device=device)
+        self._params: list[Tensor] = []
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         return closure()
@@ -87,8 +95,17 @@ class Constant(Oracle):
     def directional(self, direction: Sequence[Tensor], **kwargs: Any) -> Directional:
         return Directional(self._one, self._one)
 
-    def hvp(self, directions: Sequence[Tensor]) -> list[Tensor]:
+    def hvp(self, directions: Sequence[Tensor], **kwargs: Any) -> list[Tensor]:
         return [direction.clone() for direction in directions]
+
+    def sampled_squares(self) -> list[Tensor]:
+        return [torch.ones_like(p) for p in self._params]
+
+    def gradient(self) -> list[Tensor]:
+        return [torch.ones_like(p) for p in self._params]
+
+    def mean_vectors(self, *vectors: Sequence[Tensor]) -> list[list[Tensor]]:
+        return [list(vector) for vector in vectors]
 
     def mean_(self, packed: Tensor) -> Tensor:
         return packed
@@ -97,15 +114,12 @@ class Constant(Oracle):
         return slope
 
     def select(self, params: Sequence[Tensor]) -> None:
-        """Take all."""
-
-    def clear(self) -> None:
-        """Keep nothing."""
+        self._params = list(params)
 
 
 def trained_on_cpu(contract: Contract, chosen: str, dtype: torch.dtype) -> Loop:
     """Train for some steps, so that there is a state."""
-    given = {**known(contract, OPTIONS[chosen]), **contract.quiet}
+    given = {**contract.known(OPTIONS[chosen]), **contract.quiet}
     loop = Loop(network(dtype=dtype), contract.making(**given), directional="auto")
     loop.train(classification(STEPS, dtype=dtype))
     return loop
@@ -134,8 +148,10 @@ def test_strays_are_noticed() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.feature("Resume", "saved on the CPU, resumed elsewhere (meta device)")
 def test_load_on_the_meta_device_and_step(
-    contract: Contract, chosen: str, dtype: torch.dtype
+    contract: Contract, chosen: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # There is no generator for that device.
+    monkeypatch.setattr("lightning_curvature.curvature.diagonal.stream", lambda *_: None)
     loop = trained_on_cpu(contract, chosen, dtype)
     before = copy.deepcopy(loop.optimizer.state_dict())
     optimizer = contract.make(network(dtype=dtype).to("meta").parameters())

@@ -1,0 +1,75 @@
+"""The curvature that an optimizer keeps per parameter, summed up per layer."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_curvature import vectors
+
+__all__ = ["curvature_of_layers", "layer_of_parameters", "plain_name"]
+
+# State that is no curvature: counters and averages of gradients or updates.
+_OTHER = frozenset({"step", "exp_avg", "momentum_buffer"})
+
+
+def layer_of_parameters(module: nn.Module) -> dict[int, str]:
+    """Return the qualified name of the layer that holds a parameter, by the parameter's id.
+
+    Args:
+        module: The whole model. The names are those it has without `torch.compile`.
+    """
+    layers: dict[int, str] = {}
+    for name, part in module.named_modules():
+        for parameter in part.parameters(recurse=False):
+            layers.setdefault(id(parameter), plain_name(name) or type(module).__name__)
+    return layers
+
+
+def plain_name(name: str) -> str:
+    """Return the qualified name that a module has without `torch.compile`.
+
+    Args:
+        name: Its name in the model.
+    """
+    return ".".join(part for part in name.split(".") if part != "_orig_mod")
+
+
+@torch.no_grad()
+def curvature_of_layers(optimizer: Any, layers: dict[int, str]) -> dict[str, Tensor]:
+    """Return norm and share of zeros of an optimizer's curvature in every layer.
+
+    Args:
+        optimizer: An optimizer with ``state_names``; others have nothing to tell.
+        layers: What `layer_of_parameters` returned.
+
+    Returns:
+        0-dim tensors by ``<state>_norm/<layer>`` and ``<state>_sparsity/<layer>``.
+    """
+    params = [p for group in optimizer.param_groups for p in group["params"]]
+    values: dict[str, Tensor] = {}
+    for state in getattr(optimizer, "state_names", ()):
+        if state in _OTHER:
+            continue
+        by_layer: dict[str, list[Tensor]] = {}
+        for parameter in params:
+            tensor = optimizer.state.get(parameter, {}).get(state)
+            if isinstance(tensor, Tensor) and tensor.numel():
+                by_layer.setdefault(layers.get(id(parameter), "other"), []).append(tensor)
+        for layer, tensors in by_layer.items():
+            values[f"{state}_norm/{layer}"] = _whole(vectors.norm(tensors))
+            values[f"{state}_sparsity/{layer}"] = _share_of_zeros(tensors)
+    return values
+
+
+def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
+    count = torch.stack([_whole(torch.count_nonzero(x)) for x in tensors]).sum()
+    size = sum(x.numel() for x in tensors)
+    return (size - count) / size
+
+
+def _whole(scalar: Tensor) -> Tensor:
+    """Return a scalar of sharded tensors as an ordinary one; collective if it is one."""
+    full = getattr(scalar, "full_tensor", None)
+    return scalar if full is None else full()
