@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import vectors
-from lightning_curvature.oracle.protocol import HvpMethod, Oracle
+from lightning_curvature.oracle.protocol import Oracle
 from lightning_curvature.oracle.streams import stream
 
 __all__ = ["Distribution", "ProbeSampler", "hutchinson"]
@@ -43,41 +43,48 @@ class ProbeSampler:
         generator = stream(params[0].device, "probes", self._seed, self._step, index)
         probe = []
         for p in params:
-            z = torch.empty_like(p, dtype=vectors.scalar_dtype([p]))
+            dtype = vectors.scalar_dtype([p])
             if self._distribution == "normal":
-                z.normal_(generator=generator)
+                probe.append(torch.empty_like(p, dtype=dtype).normal_(generator=generator))
             else:
-                z.bernoulli_(0.5, generator=generator).mul_(2).sub_(1)
-            probe.append(z)
+                probe.append(_random_signs(p, dtype, generator))
         return probe
 
 
-def hutchinson(
-    oracle: Oracle,
-    params: Sequence[Tensor],
-    sampler: ProbeSampler,
-    *,
-    num_probes: int = 1,
-    method: HvpMethod = "auto",
-) -> list[Tensor]:
+def hutchinson(oracle: Oracle) -> list[Tensor]:
     """Return z * (H z), averaged over probes, micro-batches and ranks; entries have either sign.
 
     Args:
-        oracle: Answers about the loss of the present step.
-        params: Parameters that have a gradient, as told to the oracle.
-        sampler: Draws the probes.
-        num_probes: Number of probes; the variance falls in proportion.
-        method: See `Oracle.hvp`.
+        oracle: Answers about the loss of the present step; its plan names the probes.
+
+    Returns:
+        One tensor per parameter that has a gradient.
     """
     total: list[Tensor] = []
-    for index in range(num_probes):
-        probe = sampler.draw(params, index)
-        product = oracle.hvp(probe, method=method)
-        part = [z * h.to(z.dtype) for z, h in zip(probe, product, strict=True)]
+    pairs = oracle.products()
+    for z, product in pairs:
+        part = [h.to(x.dtype) for x, h in zip(z, product, strict=True)]
+        torch._foreach_mul_(part, z)
         if total:
             torch._foreach_add_(total, part)
         else:
             total = part
-    if num_probes > 1:
-        torch._foreach_div_(total, float(num_probes))
+    if len(pairs) > 1:
+        torch._foreach_div_(total, float(len(pairs)))
     return oracle.mean_vectors(total)[0]
+
+
+# Row i holds the bits of i as +1 and -1.
+_SIGNS = torch.tensor([[1.0 if i >> bit & 1 else -1.0 for bit in range(8)] for i in range(256)])
+
+
+def _random_signs(p: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
+    """Return +1 and -1 of the shape and memory format of a tensor.
+
+    One random byte gives eight: on a CPU drawing each by itself would cost as much as a backward.
+    """
+    z = torch.empty_like(p, dtype=dtype)
+    count = -(-p.numel() // 8)
+    numbers = torch.randint(0, 256, (count,), generator=generator, device=p.device)
+    signs = _SIGNS.to(device=p.device, dtype=dtype)[numbers]
+    return z.copy_(signs.view(-1)[: p.numel()].view(p.shape))

@@ -26,7 +26,8 @@ from lightning_curvature.checks import (
 from lightning_curvature.curvature.diagonal import Distribution, ProbeSampler, hutchinson
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from lightning_curvature.optim.sophia import check_betas
-from lightning_curvature.oracle.protocol import HvpMethod, Oracle
+from lightning_curvature.oracle.plans import HvpMethod, ProbePlan
+from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["AdaHessian"]
 
@@ -45,9 +46,9 @@ class AdaHessian(DiagonalOptimizer):
 
     with the bias corrections of Adam. D of a convolution is averaged over its kernel.
 
-    Cost per step: forward and backward, and on every ``hessian_update_interval``-th step two more
-    of both (``hvp_method="fd"``), or one forward and three to four backwards and twice the memory
-    ("double-backward"). Memory: two copies of the parameters.
+    Cost per step: forward and backward, and on every ``hessian_update_interval``-th step four
+    backwards more on the same graph, which takes twice the memory. Memory: two copies of the
+    parameters.
 
     Args:
         params: Parameters to optimize, or parameter groups.
@@ -119,7 +120,7 @@ class AdaHessian(DiagonalOptimizer):
         spatial_average: bool = True,
         distribution: Distribution = "rademacher",
         num_probes: int = 1,
-        hvp_method: HvpMethod = "auto",
+        hvp_method: HvpMethod = "double-backward",
         seed: int = 0,
         max_failures: int = 20,
         *,
@@ -153,13 +154,21 @@ class AdaHessian(DiagonalOptimizer):
         check_interval(_INTERVAL, group[_INTERVAL])
         check_choice("distribution", group["distribution"], ("rademacher", "normal"))
         check_interval("num_probes", group["num_probes"])
-        check_choice("hvp_method", group["hvp_method"], ("auto", "double-backward", "fd"))
+        check_choice("hvp_method", group["hvp_method"], ("double-backward", "fd"))
         check_in_range("seed", group["seed"], 0, math.inf)
         check_interval("max_failures", group["max_failures"])
 
     def wants_record(self) -> bool:
         """Tell whether the coming step makes an estimate."""
         return self._due(_INTERVAL)
+
+    def plan(self) -> ProbePlan | None:
+        """Tell what products to compute in the main passes of the coming step, None for none."""
+        if not self.wants_record():
+            return None
+        group = self.param_groups[0]
+        sampler = self.sampler(group["distribution"], int(group["seed"]), self._steps_done)
+        return ProbePlan(sampler.draw, int(group["num_probes"]), group["hvp_method"])
 
     # One step
 
@@ -173,33 +182,27 @@ class AdaHessian(DiagonalOptimizer):
         averages = self._state_lists(params, *self.state_names)[2]
         if oracle is None or not self.wants_record():
             return
-        diagonal = self._diagonal(params, oracle)
-        squares = torch._foreach_mul(diagonal, diagonal)
-        size = torch.stack([x.sum() for x in squares]).sum()
+        diagonal = self._diagonal(oracle)
+        size = vectors.dot(diagonal, diagonal)
         good = self._accept(diagonal, size, usable)
         self._advance([self.state[p]["num_estimates"] for p in params], good)
-        before = vectors.clone(averages)
+        # Only who owns the interval wants to know, and it takes a copy.
+        before = vectors.clone(averages) if _INTERVAL in self._schedules else None
         decays = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
         for average, x, p in zip(averages, diagonal, params, strict=True):
             vectors.ema_squares_([average], [x], decays[id(p)], good)
-        change = vectors.norm(list(torch._foreach_sub(averages, before)))
-        drift = (change / vectors.norm(before)).nan_to_num(1.0, posinf=1.0)
-        stats["curvature_drift"] = drift
         stats["hess_diag_norm"] = size.sqrt()
-        self._refreshed(_INTERVAL, drift)
+        if before is not None:
+            change = vectors.norm(list(torch._foreach_sub(averages, before)))
+            drift = (change / vectors.norm(before)).nan_to_num(1.0, posinf=1.0)
+            stats["curvature_drift"] = drift
+            self._refreshed(_INTERVAL, drift)
 
-    def _diagonal(self, params: list[Tensor], oracle: Oracle) -> list[Tensor]:
+    def _diagonal(self, oracle: Oracle) -> list[Tensor]:
         """Return |z * (H z)|, averaged over kernels."""
-        group = self.param_groups[0]
-        found = hutchinson(
-            oracle,
-            params,
-            self.sampler(group["distribution"], int(group["seed"]), self._steps_done),
-            num_probes=int(group["num_probes"]),
-            method=group["hvp_method"],
-        )
+        found = hutchinson(oracle)
         torch._foreach_abs_(found)
-        if group["spatial_average"]:
+        if self.param_groups[0]["spatial_average"]:
             for x in found:
                 if x.dim() > 2:  # noqa: PLR2004
                     x.copy_(x.mean(dim=tuple(range(2, x.dim())), keepdim=True).expand_as(x))

@@ -18,8 +18,8 @@ from lightning_curvature.optim.saved_state import (
     without_copies,
 )
 from lightning_curvature.oracle.closure import ClosureOracle, warn_bare_closure
-from lightning_curvature.oracle.labels import SamplePlan
 from lightning_curvature.oracle.plain import ModelOracle
+from lightning_curvature.oracle.plans import Plan
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
 from lightning_curvature.oracle.ranks import mean_over_ranks
 from lightning_curvature.oracle.window import DirectionalMethod
@@ -91,8 +91,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             )
         self.detach()
         oracle.load_state(self._oracle_state)
-        if "sampled" in self.asks:
-            oracle.plan = self.sample_plan
+        oracle.plan = self.plan
         self.oracle = oracle
 
     def detach(self) -> None:
@@ -158,8 +157,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         """Tell whether the coming step will ask its oracle anything; costs nothing."""
         return bool(self.asks)
 
-    def sample_plan(self) -> SamplePlan | None:
-        """Tell what to sample in the main passes of the coming step, None for nothing."""
+    def plan(self) -> Plan | None:
+        """Tell what to compute on the graphs of the main passes of the coming step, if anything."""
         return None
 
     # Intervals

@@ -13,7 +13,7 @@ code, and of the paper where they differ and an option says so:
   (in the code always in float32).
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -66,7 +66,7 @@ class FAdam(DiagonalOptimizer):
     have gradients that jump.
 
     Cost per step: forward and backward, as AdamW.
-    Memory: two copies of the parameters as state.
+    Memory: two copies of the parameters as state; on a CPU one more of the largest of them.
 
     Note:
         ``weight_decay`` is not AdamW's: its steps have RMS ``lr * weight_decay * clip`` at most,
@@ -76,7 +76,7 @@ class FAdam(DiagonalOptimizer):
     Args:
         params: Parameters to optimize, or parameter groups.
         lr: Learning rate, >= 0. Groups may differ in it and in all that follows up to
-            ``decay_unused``.
+            ``skip_unused``.
         betas: Decay of the running averages of the scaled gradient and of the square of the
             gradient; each in [0, 1).
         eps: Guards the division by the Fisher diagonal; > 0.
@@ -95,10 +95,10 @@ class FAdam(DiagonalOptimizer):
         weight_decay: Weight decay in the metric of the Fisher diagonal, >= 0. The default is the
             paper's; with the official code's 0.1, a weight of size 0.03 that is decayed at full
             rate shrinks to a tenth within 700 steps at ``lr=1e-3``.
-        decay_unused: Whether coordinates that never had a gradient are decayed too, as in the
-            official code. There d is eps, so that these coordinates take all of the decay of their
-            tensor: rows of an embedding that no batch contained vanish, and the others are not
-            decayed at all. Off, they stay as they are.
+        skip_unused: Whether coordinates without a gradient stay as they are: they have
+            d = f^p + eps_hat^2 / f^p instead of f^p + eps_hat. With the latter, which is that of
+            the official code, they take all of the decay of their tensor: rows of an embedding that
+            no batch contained vanish, and the others are not decayed at all.
         max_failures: Gradients in a row that are not finite after which training stops with an
             error.
         foreach: False to work on one tensor at a time; otherwise on blocks that stay in the cache
@@ -136,7 +136,7 @@ class FAdam(DiagonalOptimizer):
         eps_mode: Literal["max", "min"] = "max",
         power: float = 0.5,
         weight_decay: float = 0.001,
-        decay_unused: bool = False,
+        skip_unused: bool = True,
         max_failures: int = 20,
         *,
         foreach: bool | None = None,
@@ -151,12 +151,18 @@ class FAdam(DiagonalOptimizer):
             "eps_mode": eps_mode,
             "power": power,
             "weight_decay": weight_decay,
-            "decay_unused": decay_unused,
+            "skip_unused": skip_unused,
             "max_failures": max_failures,
             "foreach": foreach,
             "maximize": maximize,
         }
         super().__init__(params, defaults)
+        self._scratch: dict[torch.dtype, Tensor] = {}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or deep copy."""
+        super().__setstate__(state)
+        self._scratch = {}
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_positive("lr", group["lr"], zero=True)
@@ -184,9 +190,6 @@ class FAdam(DiagonalOptimizer):
     ) -> None:
         self._tensors = len(params)
         stats["win_rate"] = torch.zeros_like(stats["grad_norm"])
-        # Where no gradient is long as a whole, none has an RMS above 1.
-        limit = min(p.numel() for p in params)
-        self._short = usable is None and float(stats["grad_norm"]) ** 2 <= limit
 
     def _update_group(
         self,
@@ -198,61 +201,228 @@ class FAdam(DiagonalOptimizer):
         averages, squares, steps = self._state_lists(params, "exp_avg", "exp_avg_sq", "step")
         advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
+        columns = (params, grads, averages, squares, steps)
         if usable is None and can_block(params, group["foreach"]):
-            rows = zip(params, grads, averages, squares, steps, strict=True)
-            unclipped = sum(self._update_blocks(group, *row) for row in rows)
-            stats["win_rate"] += unclipped / self._tensors
+            total_norm = float(stats["grad_norm"])
+            for row in zip(*columns, strict=True):
+                ratio = self._update_in_blocks(group, *row, total_norm)
+                stats["win_rate"] += (ratio <= 1) / self._tensors
             return
         for part in vectors.chunks(len(params), group["foreach"]):
-            unclipped = _multi_tensor_fadam(
+            ratios = _multi_tensor_fadam(
+                group,
                 params[part],
                 self._grads(group, grads[part]),
                 averages[part],
                 squares[part],
                 steps[part],
                 usable,
-                group,
             )
-            stats["win_rate"] += unclipped / self._tensors
+            stats["win_rate"] += (ratios <= 1).sum() / self._tensors
 
-    def _update_blocks(
+    def _update_in_blocks(
         self,
         group: dict[str, Any],
         p: Tensor,
         grad: Tensor,
-        average: Tensor,
-        square: Tensor,
+        m: Tensor,
+        v: Tensor,
         step: Tensor,
-    ) -> bool:
+        total_norm: float,
+    ) -> Tensor:
         """Update a tensor on the CPU, in parts that stay in the cache.
 
         Args:
             group: The group.
             p: The parameter.
             grad: Its gradient, finite.
-            average: Average of scaled gradients.
-            square: Second moment.
-            step: Number of the step.
+            m: Average of its scaled gradients.
+            v: Its second moment.
+            step: Number of this update.
+            total_norm: Norm of the gradients of all parameters.
 
         Returns:
-            Whether its scaled gradient was not clipped.
+            Root mean square of the scaled gradient in units of its limit.
         """
         root_size = max(p.numel(), 1) ** 0.5
-        correction, eps = _correction(group, step.double()), group["eps"]
-        if group["eps_mode"] == "min" or not self._short:
-            norm = torch.linalg.vector_norm(grad, dtype=square.dtype).double()
-            eps = _eps(group, norm / root_size)
-        correction, eps = float(correction), float(correction * eps)
-        # Allocated once: fresh memory would cost more than all this arithmetic.
-        scale = self._scratch_like(square)
-        parts = [part for (part,) in zip(*[vectors.blocks([p], [grad], [average], [square], [scale])])]
-        grad_norm = decay_norm = 0.0
-        for (x,), (g,), _, (v,), (q,) in parts:
-            (g,) = self._grads(group, [g])
-            v.mul_(group["betas"][1]).addcmul_(g, g, value=1 - group["betas"][1])
-            _single_tensor_scale(v, eps, group, out=q)
-            scaled = torch.mul(g, q).view(-1)
-            grad_norm += float(torch.dot(scaled, scaled))
-            if group["weight_decay"] != 0:
-                scaled = torch.mul(x, q).view(-1)
-                decay_norm += float(torch.dot(scaled, scaled))
+        norm = step.new_tensor(total_norm, dtype=torch.float64)
+        # If not even all gradients together are that long, the RMS of this one is not above 1.
+        if group["eps_mode"] == "min" or total_norm > root_size:
+            norm = torch.linalg.vector_norm(grad, dtype=v.dtype).double()
+        correction = _correction(group, step.double())
+        eps = float(correction * _eps(group, norm / root_size))
+        beta1, beta2 = group["betas"]
+        decays = group["weight_decay"] != 0
+        columns = ([p], [grad], [m], [v], [self._scratch_like(v)])
+        parts = [[x for (x,) in part] for part in vectors.blocks(*columns)]
+        ready = grad.dtype == v.dtype and not group["maximize"]
+        buffer = torch.empty_like(parts[0][3])
+        squares = [0.0, 0.0]
+        for p_, grad_, _, v_, q in parts:
+            g = grad_ if ready else self._grads(group, [grad_])[0]
+            x = buffer if buffer.shape == q.shape else buffer[: len(q)]
+            v_.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+            _single_tensor_scale(group, v_, eps, x, out=q)
+            squares[0] += _square(torch.mul(g, q, out=x))
+            if decays:
+                squares[1] += _square(torch.mul(p_, q, out=x))
+        rms = [correction * square**0.5 / root_size for square in squares]
+        towards = float(correction * _shrinkage(group, rms[0])) * (1 - beta1)
+        lr = float(group["lr"])
+        decay = float(correction * _shrinkage(group, rms[1])) * lr * group["weight_decay"]
+        # Backwards: the last parts are in the cache still.
+        for p_, grad_, m_, _, q in reversed(parts):
+            g = grad_ if ready else self._grads(group, [grad_])[0]
+            m_.mul_(beta1).addcmul_(g, q, value=towards)
+            x = p_ if p_.dtype == q.dtype else p_.to(q.dtype)
+            if decays:
+                x.addcmul_(x, q, value=-decay)
+            x.add_(m_, alpha=-lr)
+            if x is not p_:
+                p_.copy_(x)
+        limit: float = group["clip"] * (1 + _ROUNDING)
+        return rms[0] / limit
+
+    def _scratch_like(self, x: Tensor) -> Tensor:
+        """Return memory for a tensor; fresh one would cost more than all the arithmetic."""
+        memory = self._scratch.get(x.dtype)
+        if memory is None or memory.numel() < x.numel():
+            memory = self._scratch[x.dtype] = torch.empty_like(x).view(-1)
+        return memory.as_strided(x.shape, x.stride())
+
+
+def _square(x: Tensor) -> float:
+    flat = x.reshape(-1)
+    return float(torch.dot(flat, flat))
+
+
+# The Fisher diagonal is f = v / (1 - beta2^t). With k = (1 - beta2^t)^p this makes f^p = v^p / k
+# and 1 / (f^p + eps) = k q with q = 1 / (v^p + k eps): only q has an entry per coordinate.
+
+
+def _correction(group: dict[str, Any], steps: Tensor) -> Tensor:
+    """Return k of the comment above.
+
+    Args:
+        group: The group.
+        steps: Numbers of updates.
+    """
+    beta2: float = group["betas"][1]
+    share = (1 - beta2) * discounted_count(steps, beta2)
+    return share.pow(group["power"])
+
+
+def _eps(group: dict[str, Any], rms: Tensor) -> Tensor:
+    """Return what is added to the power of the Fisher diagonal.
+
+    Args:
+        group: The group.
+        rms: Root mean squares of gradients.
+    """
+    eps: float = group["eps"]
+    if group["eps_mode"] == "max":
+        return eps * rms.clamp_min(1.0)
+    return (_EPS_RATIO * rms).clamp_max(eps).pow(2 * group["power"]).clamp_min(_FLOOR)
+
+
+def _shrinkage(group: dict[str, Any], rms: Tensor) -> Tensor:
+    """Return the factors that clip tensors of given root mean squares."""
+    clip: float = group["clip"]
+    if group["clip_mode"] == "limit":
+        return 1.0 / (rms / clip).clamp_min(1.0)
+    return clip / rms.clamp_min(1.0)
+
+
+def _single_tensor_scale(
+    group: dict[str, Any], v: Tensor, eps: float, buffer: Tensor, *, out: Tensor
+) -> None:
+    """Compute q of the comment above.
+
+    Args:
+        group: The group.
+        v: Second moment.
+        eps: Its k eps.
+        buffer: Memory to work in.
+        out: Gets the result.
+    """
+    root = group["power"] == _SQRT
+    if root:
+        torch.sqrt(v, out=out)
+    else:
+        torch.pow(v, group["power"], out=out)
+    if group["skip_unused"]:
+        power = v if root else torch.square(out, out=buffer)
+        out.div_(torch.add(power, max(eps**2, _FLOOR), out=buffer))
+    else:
+        out.add_(eps).reciprocal_()
+
+
+def _multi_tensor_fadam(
+    group: dict[str, Any],
+    params: list[Tensor],
+    grads: list[Tensor],
+    averages: list[Tensor],
+    squares: list[Tensor],
+    steps: list[Tensor],
+    usable: Tensor | None,
+) -> Tensor:
+    """Update tensors together; nothing is read from the device.
+
+    Args:
+        group: The group.
+        params: Parameters.
+        grads: Their gradients, zero if not ``usable``.
+        averages: Averages of scaled gradients.
+        squares: Second moments.
+        steps: Numbers of this update.
+        usable: Boolean 0-dim tensor: if False nothing changes. None for True.
+
+    Returns:
+        Root mean squares of the scaled gradients in units of their limit, ``[k]``.
+    """
+    (beta1, beta2), lr = group["betas"], float(group["lr"])
+    # Numbers in a list need no copy to the device.
+    root_sizes = [max(p.numel(), 1) ** 0.5 for p in params] * 2
+    norms = whole_norms(torch._foreach_norm(grads))
+    rms = torch.stack(torch._foreach_div(norms, root_sizes[: len(norms)]))
+    correction = _correction(group, torch.stack(steps))
+    eps = correction * _eps(group, rms)
+    vectors.ema_squares_(squares, grads, beta2, usable)
+    scales = _multi_tensor_scale(group, squares, eps)
+    scaled = torch._foreach_mul(grads, scales)
+    decays = torch._foreach_mul(params, scales)
+    norms = whole_norms(torch._foreach_norm([*scaled, *decays]))
+    rms, decay_rms = torch.stack(torch._foreach_div(norms, root_sizes)).view(2, -1) * correction
+    on = 1.0 if usable is None else usable.to(correction.dtype)
+    torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
+    torch._foreach_mul_(scaled, list(((1 - beta1) * correction * _shrinkage(group, rms)).unbind()))
+    torch._foreach_add_(averages, scaled)
+    # From here on the updates.
+    factors = group["weight_decay"] * correction * _shrinkage(group, decay_rms)
+    torch._foreach_mul_(decays, list(factors.unbind()))
+    torch._foreach_add_(decays, averages)
+    vectors.move_(params, decays, -lr, usable)
+    limit: float = group["clip"] * (1 + _ROUNDING)
+    return rms / limit
+
+
+def _multi_tensor_scale(
+    group: dict[str, Any], squares: list[Tensor], eps: Tensor
+) -> Sequence[Tensor]:
+    """Return q of the comment above for several tensors.
+
+    Args:
+        group: The group.
+        squares: Second moments.
+        eps: Their k eps, ``[k]``.
+    """
+    root = group["power"] == _SQRT
+    powers = torch._foreach_sqrt(squares) if root else torch._foreach_pow(squares, group["power"])
+    if group["skip_unused"]:
+        denominators = squares if root else torch._foreach_mul(powers, powers)
+        added = eps.square().clamp_min(_FLOOR)
+        torch._foreach_div_(powers, torch._foreach_add(denominators, list(added.unbind())))
+    else:
+        torch._foreach_add_(powers, list(eps.unbind()))
+        torch._foreach_reciprocal_(powers)
+    return list(powers)

@@ -166,19 +166,19 @@ class SophiaOptimizer(DiagonalOptimizer):
         old = [self.state[p]["hess_diag"] for p in params]
         good = self._accept(new, vectors.dot(new, new), usable)
         self._advance([self.state[p]["num_estimates"] for p in params], good)
-        before = vectors.norm(old)
+        # Only who owns the interval wants to know.
+        watched = _INTERVAL in self._schedules
+        before = vectors.clone(old) if watched else old
         decays = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
-        change = torch.zeros_like(before)
         for decay in dict.fromkeys(decays.values()):
             chosen = [i for i, p in enumerate(params) if decays[id(p)] == decay]
-            averages, values = [old[i] for i in chosen], [new[i] for i in chosen]
-            difference = torch._foreach_sub(values, averages)
-            change = change + (1 - decay) ** 2 * vectors.dot(difference, difference)
-            vectors.ema_(averages, values, decay, good)
-        drift = (change.sqrt() / before).nan_to_num(1.0, posinf=1.0)
-        stats["curvature_drift"] = drift
+            vectors.ema_([old[i] for i in chosen], [new[i] for i in chosen], decay, good)
         stats["hess_diag_norm"] = vectors.norm(old)
-        self._refreshed(_INTERVAL, drift, ahead=self._ahead)
+        if watched:
+            change = vectors.norm(list(torch._foreach_sub(old, before)))
+            drift = (change / vectors.norm(before)).nan_to_num(1.0, posinf=1.0)
+            stats["curvature_drift"] = drift
+            self._refreshed(_INTERVAL, drift, ahead=self._ahead)
 
     def _update_group(
         self,

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from lightning_curvature.checks import check_choice, check_in_range, check_positive
 from lightning_curvature.optim.sophia import HessianTiming, SophiaOptimizer
-from lightning_curvature.oracle.labels import LabelSampler, SamplePlan, Squared
+from lightning_curvature.oracle.labels import LabelSampler
+from lightning_curvature.oracle.plans import SamplePlan, Squared
 from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["SophiaG"]
@@ -153,7 +154,7 @@ class SophiaG(SophiaOptimizer):
         if group["hessian_clip_norm"] is not None:
             check_positive("hessian_clip_norm", group["hessian_clip_norm"])
 
-    def sample_plan(self) -> SamplePlan | None:
+    def plan(self) -> SamplePlan | None:
         """Tell what to sample in the main passes of the coming step, None for nothing."""
         if not self._estimates():
             return None

@@ -12,7 +12,8 @@ from torch import Tensor
 from lightning_curvature.checks import check_choice, check_interval
 from lightning_curvature.curvature.diagonal import Distribution, ProbeSampler, hutchinson
 from lightning_curvature.optim.sophia import HessianTiming, SophiaOptimizer
-from lightning_curvature.oracle.protocol import HvpMethod, Oracle
+from lightning_curvature.oracle.plans import HvpMethod, ProbePlan
+from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["SophiaH"]
 
@@ -30,9 +31,8 @@ class SophiaH(SophiaOptimizer):
     the momentum. Unlike `SophiaG` it works for every loss and uses the whole Hessian; an estimate
     costs more.
 
-    Cost per step: forward and backward; on every ``hessian_update_interval``-th step two more of
-    both (``hvp_method="fd"``), or one forward and three to four backwards and twice the memory
-    ("double-backward"). Memory: two copies of the parameters.
+    Cost per step: forward and backward; on every ``hessian_update_interval``-th step four backwards
+    more on the same graph, which takes twice the memory. Memory: two copies of the parameters.
 
     Args:
         params: Parameters to optimize, or parameter groups.
@@ -44,9 +44,10 @@ class SophiaH(SophiaOptimizer):
         hessian_update_interval: Optimizer steps between two estimates.
         distribution: Entries of the probes: "rademacher" (+1 or -1) or "normal".
         num_probes: Probes per estimate; cost and precision grow with it.
-        hvp_method: How products with the Hessian are computed: "double-backward" (exact), "fd"
-            (central differences of gradients, for models that cannot be differentiated twice too),
-            "auto" for the second in full precision and the first otherwise.
+        hvp_method: How products with the Hessian are computed: "double-backward" is exact; where a
+            model cannot be differentiated twice the other one steps in, with a warning. "fd" takes
+            central differences of gradients, which needs less memory but in networks of ReLUs
+            mostly sees their kinks.
         hessian_timing: "before" estimates at the parameters of a step that uses it; "after" at
             those after every k-th step.
         bias_correction: Whether to divide both averages by the sum of their weights; see `SophiaG`.
@@ -94,7 +95,7 @@ class SophiaH(SophiaOptimizer):
         hessian_update_interval: int = 10,
         distribution: Distribution = "rademacher",
         num_probes: int = 1,
-        hvp_method: HvpMethod = "auto",
+        hvp_method: HvpMethod = "double-backward",
         hessian_timing: HessianTiming = "before",
         bias_correction: bool = False,
         seed: int = 0,
@@ -126,16 +127,21 @@ class SophiaH(SophiaOptimizer):
         super()._check_group(group)
         check_choice("distribution", group["distribution"], ("rademacher", "normal"))
         check_interval("num_probes", group["num_probes"])
-        check_choice("hvp_method", group["hvp_method"], ("auto", "double-backward", "fd"))
+        check_choice("hvp_method", group["hvp_method"], ("double-backward", "fd"))
 
-    def _estimate(self, params: list[Tensor], oracle: Oracle) -> list[Tensor]:
+    def plan(self) -> ProbePlan | None:
+        """Tell what products to compute in the main passes of the coming step, None for none."""
+        if not self._estimates():
+            return None
         group = self.param_groups[0]
         sampler = self.sampler(group["distribution"], int(group["seed"]), self._steps_done)
-        found = hutchinson(
-            oracle,
-            params,
-            sampler,
-            num_probes=int(group["num_probes"]),
-            method=group["hvp_method"],
+        return ProbePlan(
+            sampler.draw,
+            int(group["num_probes"]),
+            group["hvp_method"],
+            again=group["hessian_timing"] == "after",
         )
-        return [-x for x in found] if group["maximize"] else found
+
+    def _estimate(self, params: list[Tensor], oracle: Oracle) -> list[Tensor]:
+        found = hutchinson(oracle)
+        return [-x for x in found] if self.param_groups[0]["maximize"] else found

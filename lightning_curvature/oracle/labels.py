@@ -1,16 +1,11 @@
-"""Labels drawn from the model: who draws them, and what an optimizer wants of them."""
-
-from dataclasses import dataclass
-from typing import Literal
+"""Labels drawn from the model."""
 
 import torch
 from torch import Tensor
 
 from lightning_curvature.oracle.streams import stream
 
-__all__ = ["LabelSampler", "SamplePlan", "Squared"]
-
-Squared = Literal["micro_batch", "window"]
+__all__ = ["LabelSampler"]
 
 
 class LabelSampler:
@@ -62,28 +57,3 @@ class LabelSampler:
     def signs(self, like: Tensor, call: int) -> Tensor:
         """Draw +1 and -1 of the shape of ``like``."""
         return 2 * self.bernoulli(torch.full_like(like, 0.5), call) - 1
-
-
-@dataclass(frozen=True)
-class SamplePlan:
-    """What an optimizer wants of the main passes of the coming step.
-
-    Attributes:
-        seed: Seed of the labels.
-        step: Number of the step.
-        squared: "micro_batch" squares the gradient of every micro-batch on every rank and averages
-            the squares; "window" adds the gradients up and squares their sum. Both are unbiased;
-            the first has the smaller variance, by the number of micro-batches and ranks.
-        fraction: Share of the examples of every micro-batch to use, in (0, 1].
-        clip_norm: Largest norm of a gradient of the mean loss under drawn labels, None for any.
-        again: Whether to sample in a pass of its own, at the parameters after the step.
-        sampler: Class that draws.
-    """
-
-    seed: int
-    step: int
-    squared: Squared = "micro_batch"
-    fraction: float = 1.0
-    clip_norm: float | None = None
-    again: bool = False
-    sampler: type[LabelSampler] = LabelSampler

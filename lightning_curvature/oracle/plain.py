@@ -110,7 +110,7 @@ class ModelOracle(ClosureOracle):
         """Forget batches whose gradient is gone: their step was skipped (by a scaler, say)."""
         if not (self.recording or in_extra_pass()):
             self.records = []
-            self._samples.drop_finished()
+            self._drop_finished()
             for attachment in self.attachments:
                 attachment.clear()
 
@@ -177,7 +177,7 @@ class ModelOracle(ClosureOracle):
             if record.loss is None and all(p.grad is None for p in self.params):
                 # Zeroed by the model, perhaps, after a step that was skipped.
                 self.records = [r for r in self.records if all(r is not e for e in earlier)]
-                self._samples.drop_finished()
+                self._drop_finished()
             if self._grad_scaler is not None:
                 # Not get_scale(), which would wait for the device.
                 weight = weight / self._grad_scaler.scale(torch.ones_like(weight))

@@ -6,13 +6,12 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
-from lightning_curvature.oracle.labels import SamplePlan
+from lightning_curvature.oracle.plans import HvpMethod, Plan
 
 __all__ = [
     "Attachment",
     "CurvatureKind",
     "Directional",
-    "HvpMethod",
     "MissingCapabilityError",
     "NoLossCapturedError",
     "Oracle",
@@ -21,7 +20,6 @@ __all__ = [
 
 CurvatureKind = Literal["fisher", "hessian"]
 RegressionScaling = Literal["mean", "per_example"]
-HvpMethod = Literal["auto", "double-backward", "fd"]
 
 
 class MissingCapabilityError(RuntimeError):
@@ -65,15 +63,15 @@ class Oracle(ABC):
         without_backward: Whether the training loop left out the backward of this step, so that the
             gradients are stale.
         module: Module that holds the parameters, None if unknown.
-        plan: Tells what to sample in the main passes of the coming step, None for nothing; set by
-            the optimizer.
+        plan: Tells what to compute on the graphs of the main passes of the coming step, None for
+            nothing; set by the optimizer.
         attachments: What else watches the passes, added by the optimizer.
     """
 
     capabilities: frozenset[str] = frozenset()
     without_backward: bool = False
     module: nn.Module | None = None
-    plan: Callable[[], SamplePlan | None] | None = None
+    plan: Callable[[], Plan | None] | None = None
 
     def __init__(self) -> None:
         self.attachments: list[Attachment] = []
@@ -126,9 +124,15 @@ class Oracle(ABC):
 
         Args:
             directions: One tensor per parameter that has a gradient, as told to `select`.
-            method: "double-backward" is exact, "fd" takes central differences of gradients, "auto"
-                is the second in full precision and the first otherwise.
+            method: See `ProbePlan`.
         """
+
+    def products(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Return every probe that was planned with its product H z on this rank.
+
+        Both have one tensor per parameter that has a gradient.
+        """
+        raise NotImplementedError
 
     def sampled_squares(self) -> list[Tensor]:
         """Return an estimate of the diagonal of the generalized Gauss-Newton matrix.

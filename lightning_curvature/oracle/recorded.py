@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
 from lightning_curvature.oracle.extra_pass import ContextFactory, marked
-from lightning_curvature.oracle.labels import SamplePlan
+from lightning_curvature.oracle.plans import ProbePlan, SamplePlan
 from lightning_curvature.oracle.products import gradients
 from lightning_curvature.oracle.protocol import Oracle
-from lightning_curvature.oracle.ranks import rank, world_size
+from lightning_curvature.oracle.ranks import mean_over_ranks, rank, world_size
 from lightning_curvature.oracle.record import LossTerm, PassRecord, loss_terms, no_loss_captured
 from lightning_curvature.oracle.replay import Replay, eager, matched_terms
 from lightning_curvature.oracle.sampling import sample_gradients
+from lightning_curvature.oracle.window_products import WindowProducts, graph_products
 from lightning_curvature.oracle.window_samples import WindowSamples
 
 __all__ = ["RecordedOracle", "is_out_of_memory"]
@@ -71,7 +72,9 @@ class RecordedOracle(Oracle):
         self._has_captured = False
         self._warned: set[str] = set()
         self._samples = WindowSamples()
-        self._samples_again = self._replay.compiled
+        self._products: WindowProducts | None = None
+        # Code compiled by torch frees parts of its graph early.
+        self._passes_again = self._replay.compiled
         if module is not None:
             missing = sum(id(p) not in self._replay.parameters for p in self.params)
             if missing:
@@ -109,8 +112,19 @@ class RecordedOracle(Oracle):
             calls: The loss calls captured in it.
         """
         terms = loss_terms(total, calls)
-        if terms:
-            self._sample(record, terms)
+        plan = self.plan() if self.plan is not None else None
+        if plan is not None and not (plan.again or self._passes_again) and total.requires_grad:
+            try:
+                if isinstance(plan, ProbePlan):
+                    self._probe(plan, record, total)
+                elif terms:
+                    self._draw(plan, record, terms)
+            except (NotImplementedError, RuntimeError) as error:
+                if is_out_of_memory(error):
+                    raise
+                # Fused kernels that cannot be differentiated twice, say; a pass of its own
+                # chooses others, and names what it cannot do either.
+                self._passes_again = True
         record.terms += [term.detached() for term in terms]
 
     def select(self, params: Sequence[Tensor]) -> None:
@@ -129,6 +143,13 @@ class RecordedOracle(Oracle):
         self.records = []
         self._base_loss = None
         self._samples = WindowSamples()
+        self._products = None
+
+    def _drop_finished(self) -> None:
+        """Forget what was computed on graphs of micro-batches whose gradient is gone."""
+        self._samples.drop_finished()
+        if self._products is not None:
+            self._products.drop_finished()
 
     # Ranks
 
@@ -139,7 +160,8 @@ class RecordedOracle(Oracle):
     def mean_vectors(self, *vectors: Sequence[Tensor]) -> list[list[Tensor]]:
         """Average lists of tensors over the ranks; one collective per dtype."""
         lists = [list(vector) for vector in vectors]
-        if self._mean is None:
+        alone = self._mean is mean_over_ranks and world_size() == 1
+        if self._mean is None or alone:
             return lists
         flat = [x for one in lists for x in one]
         for dtype in dict.fromkeys(x.dtype for x in flat):
@@ -207,11 +229,11 @@ class RecordedOracle(Oracle):
             RuntimeError: If nothing was planned.
         """
         plan = self.plan() if self.plan is not None else None
-        if plan is None:
+        if not isinstance(plan, SamplePlan):
             raise RuntimeError("Samples were not planned for this step.")
         self._check_captured()
         records = self._recorded()
-        if plan.again or self._samples_again:
+        if plan.again or self._passes_again:
             self._samples = WindowSamples()
             for record in records:
                 self._sample_again(plan, record)
@@ -223,25 +245,6 @@ class RecordedOracle(Oracle):
             self.mean_vectors,
             world_size() if self._mean is not None else 1,
         )
-
-    def _sample(self, record: PassRecord, terms: Sequence[LossTerm]) -> None:
-        """Sample on the graph of a main pass if the plan is to."""
-        plan = self.plan() if self.plan is not None else None
-        if plan is None or plan.again or self._samples_again:
-            return
-        # The gradients of one micro-batch wait until its weight is known, not those of all.
-        self._samples.fold(plan)
-        try:
-            self._draw(plan, record, terms)
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
-            self._samples_again = True
-            self._warn(
-                "sample",
-                f"Labels cannot be sampled on the graph of the main pass ({error}); an extra "
-                "forward pass is run for them instead.",
-            )
 
     def _sample_again(self, plan: SamplePlan, record: PassRecord) -> None:
         with (
@@ -257,6 +260,8 @@ class RecordedOracle(Oracle):
             self._draw(plan, record, terms)
 
     def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
+        # The gradients of one micro-batch wait until its weight is known, not those of all.
+        self._samples.fold(plan)
         index = self._samples.index(record)
         own = rank() if self._mean is not None else 0
         sampler = plan.sampler(plan.seed, plan.step, own, index)
@@ -265,6 +270,33 @@ class RecordedOracle(Oracle):
             sample = sample_gradients(terms, self.params, sampler, plan.fraction)
         if sample is not None:
             self._samples.add(record, sample)
+
+    def products(self) -> list[tuple[list[Tensor], list[Tensor]]]:
+        """Return every probe that was planned with its product H z on this rank.
+
+        Raises:
+            RuntimeError: If nothing was planned.
+        """
+        plan = self.plan() if self.plan is not None else None
+        if not isinstance(plan, ProbePlan):
+            raise RuntimeError("Products were not planned for this step.")
+        if self._products is not None and not (plan.again or self._passes_again):
+            return self._products.of(self._active)
+        pairs = WindowProducts(self._trained(), plan).of(self._active)
+        return [(z, self.hvp(z, method=plan.method)) for z, _ in pairs]
+
+    def _trained(self) -> list[Tensor]:
+        return [p for p in self.params if p.requires_grad]
+
+    def _probe(self, plan: ProbePlan, record: PassRecord, total: Tensor) -> None:
+        """Compute products on the graph of a main pass."""
+        if plan.method == "fd":
+            return
+        if self._products is None:
+            self._products = WindowProducts(self._trained(), plan)
+        with torch.enable_grad(), marked():
+            found = graph_products(total, self._products.params, self._products.probes)
+        self._products.add(record, found)
 
     def _warn(self, key: str, message: str) -> None:
         if key not in self._warned:

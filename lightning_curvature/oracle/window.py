@@ -15,11 +15,11 @@ from lightning_curvature.oracle.directional import (
     hessian_form,
 )
 from lightning_curvature.oracle.extra_pass import ContextFactory
+from lightning_curvature.oracle.plans import HvpMethod
 from lightning_curvature.oracle.products import difference_product, exact_product
 from lightning_curvature.oracle.protocol import (
     CurvatureKind,
     Directional,
-    HvpMethod,
     RegressionScaling,
 )
 from lightning_curvature.oracle.record import PassRecord
@@ -238,9 +238,6 @@ class WindowOracle(RecordedOracle):
         self, directions: Sequence[Tensor], *, method: HvpMethod = "double-backward"
     ) -> list[Tensor]:
         """Return the Hessian-vector product of the loss on this rank; see `Oracle.hvp`."""
-        if method == "auto":
-            precise = self._precision() is None and self._full_precision()
-            method = "fd" if precise else "double-backward"
         if method == "fd" or "double-backward" in self._impossible:
             return difference_product(self._replay, self._recorded(), self._active, directions)
         try:
@@ -252,7 +249,8 @@ class WindowOracle(RecordedOracle):
             self._warn(
                 "double-backward",
                 f"This model cannot be differentiated twice ({error}); Hessian-vector products "
-                "come from central differences of gradients instead.",
+                "come from central differences of gradients instead, which also count the kinks of "
+                "activations such as ReLU.",
             )
             return difference_product(self._replay, self._recorded(), self._active, directions)
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import vectors
-from lightning_curvature.oracle.labels import SamplePlan
+from lightning_curvature.oracle.plans import SamplePlan
 from lightning_curvature.oracle.record import PassRecord
 from lightning_curvature.oracle.sampling import Sample
 
