@@ -20,6 +20,8 @@ from lightning_curvature.curvature.schedule import (
 from lightning_curvature.curvature.time_budget import TimeBudget
 from lightning_curvature.optim import (
     SGDQLR,
+    AdaFisher,
+    AdaFisherW,
     AdaHessian,
     AdamQLR,
     CurvatureOptimizer,
@@ -32,6 +34,8 @@ from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCur
 
 __all__ = [
     "SGDQLR",
+    "AdaFisher",
+    "AdaFisherW",
     "AdaHessian",
     "AdamQLR",
     "CurvatureCallback",

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from lightning_curvature.optim.adafisher import AdaFisher
+from lightning_curvature.optim.adafisherw import AdaFisherW
 from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
@@ -67,7 +69,7 @@ _ROWS = (
         name="sophiah",
         cls=SophiaH,
         asks=SophiaH.asks,
-        passes="1 forward+backward; every 10th step 2 forward+backward",
+        passes="1 forward+backward; every 10th step 4 backwards",
         copies=2,
         paper="2305.14342",
         summary="Clipped steps scaled by the Hessian diagonal from random products.",
@@ -76,10 +78,28 @@ _ROWS = (
         name="adahessian",
         cls=AdaHessian,
         asks=AdaHessian.asks,
-        passes="3 forward+backward",
+        passes="1 forward+backward, 4 backwards",
         copies=2,
         paper="2006.00719",
         summary="Adam with the Hessian diagonal in the place of the squared gradient.",
+    ),
+    OptimizerInfo(
+        name="adafisher",
+        cls=AdaFisher,
+        asks=AdaFisher.asks,
+        passes="1 forward+backward",
+        copies=1,
+        paper="2405.16397",
+        summary="Momentum scaled by a Fisher diagonal made of activations and output gradients.",
+    ),
+    OptimizerInfo(
+        name="adafisherw",
+        cls=AdaFisherW,
+        asks=AdaFisherW.asks,
+        passes="1 forward+backward",
+        copies=1,
+        paper="2405.16397",
+        summary="AdaFisher with decoupled weight decay.",
     ),
 )
 

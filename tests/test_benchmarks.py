@@ -208,7 +208,7 @@ def test_char_lm(
         script.main(["train", "AdamW", *text, *sizes, "--lr", "1e-3"])
     script.main(["time", "--cycles", "1", *sizes])
     for name in script.OPTIMIZERS:
-        arguments = ["train", name, *text, *sizes, "--budget", "30", "--points", "2"]
+        arguments = ["train", name, *text, *sizes, "--budget", "10", "--points", "2"]
         script.main([*arguments, "--lr", "1e-5", "1e-3", "--seeds", "0"])
         script.main([*arguments, "--lr", "1e-3", "--seeds", "1", "2"])
     with pytest.raises(SystemExit, match="name the folder it is in with --data "):

@@ -183,7 +183,7 @@ class DampingSchedule(Callback):
         steps = self.steps
         if steps is None and schedule != "constant":
             known = trainer.estimated_stepping_batches
-            if math.isinf(known):
+            if math.isinf(known) or known < 0:  # loaders without a length give -1
                 raise MisconfigurationException(
                     f"{self!r} needs steps: the Trainer does not know how many there will be."
                 )

@@ -79,12 +79,11 @@ _SIGNS = torch.tensor([[1.0 if i >> bit & 1 else -1.0 for bit in range(8)] for i
 
 
 def _random_signs(p: Tensor, dtype: torch.dtype, generator: torch.Generator) -> Tensor:
-    """Return +1 and -1 of the shape and memory format of a tensor.
+    """Return +1 and -1 of the shape of a tensor.
 
     One random byte gives eight: on a CPU drawing each by itself would cost as much as a backward.
     """
-    z = torch.empty_like(p, dtype=dtype)
     count = -(-p.numel() // 8)
     numbers = torch.randint(0, 256, (count,), generator=generator, device=p.device)
-    signs = _SIGNS.to(device=p.device, dtype=dtype)[numbers]
-    return z.copy_(signs.view(-1)[: p.numel()].view(p.shape))
+    table = _SIGNS.to(device=p.device, dtype=dtype)
+    return table[numbers].view(-1)[: p.numel()].view(p.shape)

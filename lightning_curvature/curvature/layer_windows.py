@@ -187,7 +187,10 @@ class LayerWindow(ABC):
             oracle: Averages over the ranks.
             usable: Boolean 0-dim tensor: if False nothing changes. None for True.
         """
-        averaged, changes, sizes, failures = dict(averages), [], [], []
+        averaged = dict(averages)
+        changes: list[Tensor] = []
+        sizes: list[Tensor] = []
+        failures: list[Tensor] = []
         for name, (factors, weight, found) in self._observe(averages, decay, oracle).items():
             old, updates = averages[name]
             finite = torch.isfinite(factors.input.sum() + factors.output.sum())

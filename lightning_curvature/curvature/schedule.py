@@ -173,9 +173,10 @@ class WarmupInterval(RefreshSchedule):
 class DriftInterval(RefreshSchedule):
     """Refresh seldom while curvature changes little, and often while it changes.
 
-    After every refresh but the first the interval doubles if the drift, the relative change that the refresh
-    made, was below ``low_drift``, and halves if it was above ``high_drift``. The drift is read from
-    the device only when the answer depends on it, at least half an interval later.
+    The drift is the relative change that a refresh made. The interval doubles if it was below
+    ``low_drift``, and halves if it was above ``high_drift``; the first refresh has nothing to
+    differ from. The drift is read from the device only when the answer depends on it, at least half
+    an interval later.
 
     A due step that could not refresh, because its gradient was not finite, leaves the next one due.
     Whoever refreshes must say the drift; otherwise the interval stays, with a warning.

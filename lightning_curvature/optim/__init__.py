@@ -1,5 +1,7 @@
 """Optimizers; ordinary `torch.optim.Optimizer` classes."""
 
+from lightning_curvature.optim.adafisher import AdaFisher
+from lightning_curvature.optim.adafisherw import AdaFisherW
 from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
@@ -7,4 +9,13 @@ from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
 
-__all__ = ["SGDQLR", "AdaHessian", "AdamQLR", "CurvatureOptimizer", "SophiaG", "SophiaH"]
+__all__ = [
+    "SGDQLR",
+    "AdaFisher",
+    "AdaFisherW",
+    "AdaHessian",
+    "AdamQLR",
+    "CurvatureOptimizer",
+    "SophiaG",
+    "SophiaH",
+]

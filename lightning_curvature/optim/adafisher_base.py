@@ -56,7 +56,7 @@ from lightning_curvature.optim.saved_factors import (
     moved,
 )
 from lightning_curvature.optim.saved_state import STATE_KEY
-from lightning_curvature.oracle.protocol import Oracle
+from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
 from lightning_curvature.oracle.replay import is_compiled
 
 __all__ = ["AdaFisherOptimizer", "Mode"]
@@ -144,6 +144,13 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         if real is not self:
             real.attach(oracle)
             return
+        if oracle.module is None:
+            raise MissingCapabilityError(
+                f"{type(self).__name__} looks at the layers of the model, which a bare closure does "
+                "not tell. Call optimizer.attach_model(model, loss_fn), or use "
+                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with a "
+                "Trainer."
+            )
         super().attach(oracle)
         try:
             self._watch(oracle)
@@ -367,6 +374,9 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         super()._check_state(saved)
         where, params = self._cannot_load, self._all_params()
         own, groups, states = saved[STATE_KEY], saved["param_groups"], saved["state"]
+        ids = [index for group in groups for index in group["params"]]
+        if not groups or len(ids) != len(params):
+            return  # torch refuses that
         mode, present = groups[0]["mode"], self.param_groups[0]["mode"]
         if mode != present:
             raise ValueError(f"{where}: its mode is {mode!r}, here it is {present!r}.")
@@ -375,8 +385,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         check_saved_factors(own["factors"], len(params), where=where)
         if self._window is not None:
             entries_of(self._window.layers, own["factors"], where=where)
-        ids = [index for group in groups for index in group["params"]]
-        for index, p in zip(ids, params, strict=False):
+        for index, p in zip(ids, params, strict=True):
             square = states.get(index, {}).get(_SQUARES, p)
             if not isinstance(square, Tensor) or square.shape != p.shape:
                 raise ValueError(

@@ -100,7 +100,7 @@ class AdaHessian(DiagonalOptimizer):
     watched: ClassVar[dict[str, tuple[int, str]]] = {
         "skipped_refreshes": (
             1,
-            "AdaHessian kept an old estimate of the Hessian's diagonal {count} times: the new one "
+            "{name} kept an old estimate of the Hessian's diagonal {count} times: the new one "
             "was not finite. stats['skipped_refreshes'] goes on counting.",
         )
     }
@@ -189,8 +189,11 @@ class AdaHessian(DiagonalOptimizer):
         # Only who owns the interval wants to know, and it takes a copy.
         before = vectors.clone(averages) if _INTERVAL in self._schedules else None
         decays = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
-        for average, x, p in zip(averages, diagonal, params, strict=True):
-            vectors.ema_squares_([average], [x], decays[id(p)], good)
+        for decay in dict.fromkeys(decays.values()):
+            chosen = [i for i, p in enumerate(params) if decays[id(p)] == decay]
+            columns = ([averages[i] for i in chosen], [diagonal[i] for i in chosen])
+            for old, new in vectors.blocks(*columns):
+                vectors.ema_squares_(old, new, decay, good)
         stats["hess_diag_norm"] = size.sqrt()
         if before is not None:
             change = vectors.norm(list(torch._foreach_sub(averages, before)))

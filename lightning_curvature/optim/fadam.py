@@ -13,7 +13,6 @@ code, and of the paper where they differ and an option says so:
   (in the code always in float32).
 """
 
-from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -29,8 +28,9 @@ from lightning_curvature.checks import (
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from lightning_curvature.optim.per_tensor import (
     advance_,
-    can_block,
+    can_split,
     discounted_count,
+    split,
     whole_norms,
 )
 from lightning_curvature.oracle.protocol import Oracle
@@ -202,7 +202,7 @@ class FAdam(DiagonalOptimizer):
         advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
         columns = (params, grads, averages, squares, steps)
-        if usable is None and can_block(params, group["foreach"]):
+        if usable is None and group["foreach"] is not False and can_split(params):
             total_norm = float(stats["grad_norm"])
             for row in zip(*columns, strict=True):
                 ratio = self._update_in_blocks(group, *row, total_norm)
@@ -253,8 +253,7 @@ class FAdam(DiagonalOptimizer):
         eps = float(correction * _eps(group, norm / root_size))
         beta1, beta2 = group["betas"]
         decays = group["weight_decay"] != 0
-        columns = ([p], [grad], [m], [v], [self._scratch_like(v)])
-        parts = [[x for (x,) in part] for part in vectors.blocks(*columns)]
+        parts = split((p, grad, m, v, self._scratch_like(v)))
         ready = grad.dtype == v.dtype and not group["maximize"]
         buffer = torch.empty_like(parts[0][3])
         squares = [0.0, 0.0]
@@ -308,8 +307,8 @@ def _correction(group: dict[str, Any], steps: Tensor) -> Tensor:
         steps: Numbers of updates.
     """
     beta2: float = group["betas"][1]
-    share = (1 - beta2) * discounted_count(steps, beta2)
-    return share.pow(group["power"])
+    corrected: Tensor = (1 - beta2) * discounted_count(steps, beta2)
+    return corrected.pow(group["power"])
 
 
 def _eps(group: dict[str, Any], rms: Tensor) -> Tensor:
@@ -395,7 +394,8 @@ def _multi_tensor_fadam(
     rms, decay_rms = torch.stack(torch._foreach_div(norms, root_sizes)).view(2, -1) * correction
     on = 1.0 if usable is None else usable.to(correction.dtype)
     torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
-    torch._foreach_mul_(scaled, list(((1 - beta1) * correction * _shrinkage(group, rms)).unbind()))
+    factors = (1 - beta1) * correction * _shrinkage(group, rms)
+    torch._foreach_mul_(scaled, list(factors.unbind()))
     torch._foreach_add_(averages, scaled)
     # From here on the updates.
     factors = group["weight_decay"] * correction * _shrinkage(group, decay_rms)
@@ -406,9 +406,7 @@ def _multi_tensor_fadam(
     return rms / limit
 
 
-def _multi_tensor_scale(
-    group: dict[str, Any], squares: list[Tensor], eps: Tensor
-) -> Sequence[Tensor]:
+def _multi_tensor_scale(group: dict[str, Any], squares: list[Tensor], eps: Tensor) -> list[Tensor]:
     """Return q of the comment above for several tensors.
 
     Args:

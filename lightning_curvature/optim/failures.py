@@ -27,7 +27,7 @@ class FailureCounter:
         cause: What made a step unusable, in words.
         advice: What the user may try.
         watched: Further counts by name, from which number on the user is told, and what; the text
-            may contain ``{count}``.
+            may contain ``{name}`` and ``{count}``.
         resumed: Whether the counts come from a checkpoint, so that the first step reads them.
     """
 
@@ -101,7 +101,7 @@ class FailureCounter:
             )
         for key, (least, text) in self.watched.items():
             if read[key] >= least:
-                self._warn(key, text.format(count=int(read[key])))
+                self._warn(key, text.format(name=self.name, count=int(read[key])))
         if self.long_step is not None and abs(length) > self.long_step:
             self._warn(
                 "long",

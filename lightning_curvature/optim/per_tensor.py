@@ -1,4 +1,4 @@
-"""What foreach updates with a number of its own for every tensor have in common."""
+"""Updates with a number of its own for every tensor."""
 
 import math
 from collections.abc import Sequence
@@ -7,18 +7,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["advance_", "can_block", "discounted_count", "whole_norms"]
+__all__ = ["advance_", "can_split", "discounted_count", "split", "whole_norms"]
+
+# Entries of a part, per thread: some of them together should fit into a second-level cache.
+_PART = 1 << 16
 
 
-def can_block(tensors: Sequence[Tensor], foreach: bool | None) -> bool:
-    """Tell whether `vectors.blocks` cuts tensors into parts.
+def can_split(tensors: Sequence[Tensor]) -> bool:
+    """Tell whether `split` makes sense: on a CPU, and not for sharded tensors."""
+    plain = (Tensor, torch.nn.Parameter)
+    return all(type(x) in plain and x.is_cpu for x in tensors)
+
+
+def split(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
+    """Cut tensors of one shape into parts, all alike, that are best worked on one after the other.
 
     Args:
-        tensors: Parameters.
-        foreach: ``False`` for one tensor at a time.
+        tensors: Tensors; where their layouts differ they stay whole.
     """
-    plain = (Tensor, torch.nn.Parameter)
-    return foreach is not False and all(type(x) in plain and x.is_cpu for x in tensors)
+    if all(x.is_contiguous() for x in tensors):
+        flat = [x.view(-1) for x in tensors]
+    elif all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
+        flat = [x.permute(0, 2, 3, 1).view(-1) for x in tensors]
+    else:
+        return [tuple(tensors)]
+    size = _PART * torch.get_num_threads()
+    return list(zip(*(torch.split(x, size) for x in flat), strict=True))
 
 
 def advance_(steps: list[Tensor], usable: Tensor | None) -> None:

@@ -78,12 +78,12 @@ class SophiaOptimizer(DiagonalOptimizer):
     watched: ClassVar[dict[str, tuple[int, str]]] = {
         "skipped_refreshes": (
             1,
-            "Sophia kept an old estimate of the Hessian's diagonal {count} times: the new one was "
+            "{name} kept an old estimate of the Hessian's diagonal {count} times: the new one was "
             "not finite. stats['skipped_refreshes'] goes on counting.",
         ),
         "low_win_rates": (
             _LOW_FOR,
-            "Sophia clips more than 99% of all entries, for {count} estimates in a row by now: it "
+            "{name} clips more than 99% of all entries, for {count} estimates in a row by now: it "
             "descends along the sign of the momentum, and the curvature has no effect. Raise rho "
             "until stats['win_rate'] is between 0.1 and 0.5.",
         ),

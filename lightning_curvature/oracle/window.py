@@ -56,6 +56,8 @@ class WindowOracle(RecordedOracle):
         ValueError: If some parameters are not in the module.
     """
 
+    capabilities = frozenset({"loss", "directional", "hvp", "sampled", "layers"})
+
     def __init__(
         self,
         params: Sequence[Tensor],
@@ -67,9 +69,8 @@ class WindowOracle(RecordedOracle):
     ) -> None:
         check_choice("directional", directional, ("auto", "fd", "jvp"))
         super().__init__(params, module, mean=mean, contexts=contexts)
-        self.capabilities = frozenset({"loss", "directional", "hvp", "sampled"})
-        if module is not None:
-            self.capabilities |= {"layers"}
+        if module is None:
+            self.capabilities = type(self).capabilities - {"layers"}
         self.method: Literal["fd", "jvp"] | None = None
         self.self_check = SelfCheck()
         self._gradient_differs = False

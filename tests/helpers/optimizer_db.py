@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,8 @@ class Contract:
         exact: Arguments under which a batch may be cut in micro-batches and dealt out to ranks
             without changing the steps.
         sampler: What then draws in the place of the optimizer's own sampler, None if it draws
-            nothing of its own for each micro-batch and rank.
+            nothing for each micro-batch and rank.
+        is_exact: Whether both of them are in use, see `exactly`.
         represents: Whether the wide tests take it for its family, instead of the first one.
     """
 
@@ -35,27 +36,33 @@ class Contract:
     quiet: dict[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] = field(default_factory=dict)
     sampler: type | None = None
+    is_exact: bool = False
     represents: bool = False
 
     @property
     def runs_again(self) -> bool:
-        """Whether it asks for extra passes."""
-        return not self.info.asks.isdisjoint({"loss", "directional", "hvp"})
+        """Whether it asks for extra passes; what others ask is found in the main passes."""
+        return not self.info.asks.isdisjoint({"loss", "directional"})
+
+    @property
+    def needs_known_loss(self) -> bool:
+        """Whether it must know the loss function."""
+        return not self.info.asks.isdisjoint({"directional", "sampled"})
 
     def make(self, params: Iterable[Any], **options: Any) -> CurvatureOptimizer:
         """Build the optimizer."""
-        return self.info.cls(params, **{**self.options, **options})
+        optimizer = self.info.cls(params, **{**self.options, **options})
+        if self.is_exact and self.sampler is not None:
+            optimizer.sampler = self.sampler
+        return optimizer
 
     def making(self, **options: Any) -> Any:
         """Return a function of the parameters."""
         return partial(self.make, **options)
 
-    def make_exact(self, params: Iterable[Any], **options: Any) -> CurvatureOptimizer:
-        """Build the optimizer for comparisons of ranks and micro-batches with a whole batch."""
-        optimizer = self.make(params, **{**self.exact, **options})
-        if self.sampler is not None:
-            optimizer.sampler = self.sampler
-        return optimizer
+    def exactly(self) -> "Contract":
+        """Return the contract for comparisons of ranks and micro-batches with a whole batch."""
+        return replace(self, options={**self.options, **self.exact}, is_exact=True)
 
     def takes(self, *arguments: str) -> bool:
         """Tell whether the optimizer has all these arguments."""
@@ -95,7 +102,7 @@ OPTIONAL = ("schedules",)
 
 # Short averages: a problem is over after a hundred steps.
 SOPHIA: dict[str, Any] = {
-    "lr": 0.1,
+    "lr": 0.05,
     "betas": (0.5, 0.9),
     "weight_decay": 0.0,
     "hessian_update_interval": PERIOD,
@@ -104,6 +111,14 @@ SOPHIA: dict[str, Any] = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},
     "sgdqlr": {"quiet": {"max_failures": NEVER}},
+    "adafisher": {
+        "options": {"factor_update_interval": PERIOD},
+        "quiet": {"max_failures": NEVER},
+    },
+    "adafisherw": {
+        "options": {"factor_update_interval": PERIOD},
+        "quiet": {"max_failures": NEVER},
+    },
     "adahessian": {
         "options": {
             "lr": 0.1,
@@ -119,7 +134,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "quiet": {"max_failures": NEVER},
     },
     "sophiah": {
-        "options": {**SOPHIA, "rho": 1.0, "hvp_method": "double-backward"},
+        "options": {**SOPHIA, "rho": 1.0},
         "quiet": {"max_failures": NEVER},
     },
 }

@@ -10,7 +10,6 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -114,9 +113,12 @@ def weights_of(module: nn.Module) -> Tensor:
     return torch.cat([p.detach().double().flatten() for p in module.parameters()])
 
 
-def maker(contract: Contract, options: Mapping[str, Any] | None = None) -> MakeOptimizer:
-    """Return what makes the optimizer for a comparison of ranks with one process."""
-    return partial(contract.make_exact, **{**contract.known(RESPONSIVE), **(options or {})})
+def maker(
+    contract: Contract, options: Mapping[str, Any] | None = None, *, exactly: bool = True
+) -> MakeOptimizer:
+    """Return what makes the optimizer, by default for a comparison of ranks with one process."""
+    chosen = contract.exactly() if exactly else contract
+    return chosen.making(**{**contract.known(RESPONSIVE), **(options or {})})
 
 
 # Fits
@@ -179,6 +181,7 @@ def fit(
     directional: str = "jvp",
     window: str = "all",
     flags: Mapping[str, Any] | None = None,
+    exactly: bool = True,
     own_seeds: bool = False,
     validate: bool = False,
     callbacks: Sequence[Callback] = (),
@@ -196,6 +199,7 @@ def fit(
         directional: See `attached`. "auto" starts with forward mode.
         window: See `attached`.
         flags: See `attached`.
+        exactly: See `maker`.
         own_seeds: Whether every rank draws other numbers, also for the initial weights.
         validate: Whether there is a validation loader; it has the same data.
         callbacks: Further callbacks; copies of them are used.
@@ -205,7 +209,7 @@ def fit(
     callbacks = copy.deepcopy(list(callbacks))
     caught: list[str] = []
     with _set_up(1 + (rank if own_seeds else 0), directional != "fd", caught):
-        module = make_module(maker(contract, options))
+        module = make_module(maker(contract, options, exactly=exactly))
         witness = Witness()
         strategy, attaching = attached(route, directional, window, flags or {})
         trainer = make_trainer(

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 
+from tests.helpers.families import every_family
 from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.rank_callbacks import HOOKS, Compressed
 from tests.helpers.rank_modules import LayerOfOnePart, UnusedLayer
@@ -48,7 +49,7 @@ def test_every_route(contract: Contract, route: str, ranks: RankPool) -> None:
         assert first.method == "jvp"
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("wrapped", [False, True], ids=["network", "wrapper"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.feature("Distributed", "Plain loop with DistributedDataParallel")
@@ -57,7 +58,7 @@ def test_plain_loop(contract: Contract, wrapped: bool, accumulate: int, ranks: R
     compare(ranks, loop, contract, wrapped=wrapped, accumulate=accumulate)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("settings", ALLOWING, ids=_name)
 @pytest.mark.parametrize("make_module", [UnusedLayer, LayerOfOnePart])
 @pytest.mark.feature("Distributed", "`find_unused_parameters`")
@@ -68,7 +69,7 @@ def test_unused_parameters(
     compare(ranks, fit, contract, make_module, max_epochs=2, **settings)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["strategy", "built"])
 @pytest.mark.parametrize("schedule", [{0: 1}, {0: 1, 1: 2}], ids=["plain", "accumulation"])
 @pytest.mark.feature("Distributed", "`static_graph`")
@@ -90,13 +91,13 @@ def test_static_graph(
     )
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Distributed", "`static_graph`")
 def test_static_graph_with_an_unused_layer(contract: Contract, ranks: RankPool) -> None:
     compare(ranks, fit, contract, UnusedLayer, flags={"static_graph": True}, max_epochs=2)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.feature("Distributed", "`gradient_as_bucket_view`")
 def test_gradients_are_views_of_buckets(
@@ -106,7 +107,7 @@ def test_gradients_are_views_of_buckets(
     compare(ranks, fit, contract, flags=flags, accumulate_grad_batches=accumulate, max_epochs=2)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.feature(
     "Distributed", "DDP communication hooks (fp16_compress_hook, bf16_compress_hook)"
@@ -118,5 +119,7 @@ def test_compressed_gradients(contract: Contract, hook: str, ranks: RankPool) ->
     assert_same_on_all(outcomes)
     first, exact = outcomes[0], fit(contract, **settings)
     assert first.warnings == []
-    assert 1e-9 < deviation(first, exact) < 0.05, "the hook was not used"
+    assert deviation(first, exact) > 1e-9, "the hook was not used"
+    if contract.sampler is None:  # other gradients may lead to other labels
+        assert deviation(first, exact) < 0.05
     assert sum(first.losses[-2:]) < sum(first.losses[:2])

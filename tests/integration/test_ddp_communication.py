@@ -13,8 +13,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from typing_extensions import override
 
+from tests.helpers.families import every_family
 from tests.helpers.modules import MakeOptimizer, mlp_module, vectors
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import make_trainer, the_optimizer
 from tests.helpers.ranks import RankPool
 from tests.helpers.two_ranks import shared_loader
@@ -130,7 +131,7 @@ def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> Non
     assert any(sent for sent, _ in steps) == bool(contract.info.asks)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.feature("Distributed", "Communication: 2 collectives, under 100 bytes per step")
 def test_questions_cost_two_small_collectives(
@@ -139,13 +140,13 @@ def test_questions_cost_two_small_collectives(
     check(beyond_ddp(ranks, contract.making(), route), contract)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Distributed", "Communication: 2 collectives, under 100 bytes per step")
 def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None:
     check(beyond_ddp(ranks, contract.making(), "strategy", accumulate=3), contract)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Distributed", "Communication: none on steps that ask nothing")
 def test_steps_that_ask_nothing_send_nothing(contract: Contract, ranks: RankPool) -> None:
     intervals = dict.fromkeys(contract.intervals, 3)

@@ -23,7 +23,8 @@ from lightning.pytorch.strategies.launchers import (
 from lightning.pytorch.trainer.connectors import accelerator_connector
 
 from lightning_curvature import DDPCurvatureStrategy, list_optimizers
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.families import every_family
+from tests.helpers.optimizer_db import Contract
 
 pytestmark = [pytest.mark.ddp]
 
@@ -220,7 +221,7 @@ LAUNCHED = {
 }
 
 
-@every_optimizer
+@every_family
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", LAUNCHED)
 @pytest.mark.feature(

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
+from tests.helpers.families import every_family
 from tests.helpers.modules import vectors
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.rank_callbacks import Weights
 from tests.helpers.rank_modules import (
     IGNORED,
@@ -34,7 +35,7 @@ GROUP = "Distributed"
 WINDOWS = [("strategy", 1), ("built", 1), ("strategy", 2)]
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(("route", "accumulate"), WINDOWS)
 @pytest.mark.feature(GROUP, "Ranks with different numbers of ignored targets")
 def test_ignored_targets(contract: Contract, route: str, accumulate: int, ranks: RankPool) -> None:
@@ -45,7 +46,7 @@ def test_ignored_targets(contract: Contract, route: str, accumulate: int, ranks:
     )
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("directional", ["jvp", "fd"])
 @pytest.mark.parametrize(("route", "accumulate"), WINDOWS)
 @pytest.mark.feature(GROUP, "One rank without a target: zero loss")
@@ -67,7 +68,7 @@ def test_no_target_and_a_loss_of_zero(
     )
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature(GROUP, "One rank without a target: zero loss")
 def test_the_very_first_batch_has_no_target(contract: Contract, ranks: RankPool) -> None:
     """... on one rank: no rank may take that for a loss that is never captured."""
@@ -76,7 +77,7 @@ def test_the_very_first_batch_has_no_target(contract: Contract, ranks: RankPool)
     compare(ranks, fit, contract, NoneIsZero, data=data)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(("route", "accumulate"), WINDOWS)
 @pytest.mark.feature(GROUP, "One rank without a target: NaN loss")
 def test_no_target_and_a_loss_of_nan(
@@ -99,7 +100,7 @@ def test_no_target_and_a_loss_of_nan(
     assert not torch.equal(weights[2], weights[4])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature(GROUP, "No captured loss on any rank")
 def test_no_rank_ever_calls_a_loss_function(
     contract: Contract, ranks: RankPool, refused: Callable[[str], None]
@@ -109,14 +110,14 @@ def test_no_rank_ever_calls_a_loss_function(
     data = TensorDataset(data.tensors[0], torch.full_like(data.tensors[1], IGNORED))
     message = "The curvature of the loss is unknown"
     texts = ranks.run(failure, fit, contract, NoneIsZero, data=data)
-    if contract.info.asks >= {"directional"}:
+    if contract.needs_known_loss:
         assert all(text.startswith(f"NoLossCapturedError: {message}") for text in texts)
         refused(message)
     else:
         assert texts == [None, None]
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(("make_module", "epochs"), [(NoForwardRule, 2), (NoForwardRuleLater, 11)])
 @pytest.mark.parametrize("route", ["strategy", "auto"])
 @pytest.mark.feature(GROUP, "Forward mode fails on one rank")
@@ -137,7 +138,7 @@ def test_forward_mode_fails_on_one_rank(
     assert first.warnings == []
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["strategy", "auto"])
 @pytest.mark.feature(GROUP, "Self-check fails on one rank")
 def test_forward_mode_goes_wrong_on_one_rank(
@@ -155,7 +156,7 @@ def test_forward_mode_goes_wrong_on_one_rank(
         assert outcome.method == "fd"
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature(GROUP, "Last batches of different lengths")
 @pytest.mark.parametrize(("rows", "batch_size"), [(36, 8), (37, 8), (27, 5)])
 def test_last_batch_of_another_length(

@@ -16,7 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer
+from tests.helpers.families import every_family
+from tests.helpers.optimizer_db import CONTRACTS, Contract
 
 pytestmark = pytest.mark.ddp
 
@@ -166,14 +167,14 @@ def assert_ended(outcome: dict[str, Any], fate: str) -> None:
         assert "imed out" in other["message"]
 
 
-@every_optimizer
+@every_family
 def test_without_a_fault(contract: Contract, drill: Look) -> None:
     """The script itself is sound."""
     outcome = drill(f"apart:{contract.info.name}:nothing:main:0")
     assert [end["code"] for end in outcome["ends"]] == [0, 0]
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("fate", EVERYONES)
 @pytest.mark.feature("Faults", "A rank killed, failing or hanging in the middle of a step")
 def test_one_rank_is_lost(contract: Contract, fate: str, drill: Look) -> None:
@@ -190,7 +191,7 @@ def test_one_rank_hangs(drill: Look) -> None:
 
 
 @pytest.mark.slow
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("fate", MORE)
 def test_one_rank_is_lost_anywhere(contract: Contract, fate: str, long_drill: Look) -> None:
     """In the main pass, in the first extra pass, before its collective, in the second one."""

@@ -11,6 +11,7 @@ from lightning.pytorch.callbacks import (
 )
 from torch import Tensor, nn
 
+from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCHES,
     EPOCHS,
@@ -23,7 +24,7 @@ from tests.helpers.features import (
     train,
 )
 from tests.helpers.modules import StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import ROUTES, assert_bitwise
 
 pytestmark = [
@@ -56,7 +57,7 @@ def norm_free_module(make_optimizer: Any) -> StockModule:
     return StockModule(network, make_optimizer)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("make", [noisy_module, norm_free_module])
 @title("`StochasticWeightAveraging`")
@@ -78,7 +79,7 @@ def test_stochastic_weight_averaging(contract: Contract, make: Any, route: str) 
     assert all(t.isfinite().all() for t in run.tensors.values())
 
 
-@every_optimizer
+@every_family
 @title("`StochasticWeightAveraging`")
 def test_stochastic_weight_averaging_replaces_a_schedule(contract: Contract) -> None:
     class Scheduled(StockModule):
@@ -97,7 +98,7 @@ def test_stochastic_weight_averaging_replaces_a_schedule(contract: Contract) -> 
     assert_means(weights_at_end(run), [run.watch.weights[e * BATCHES - 1] for e in (1, 2, 3)])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("`WeightAveraging`")
 def test_weight_averaging(contract: Contract, route: str) -> None:
@@ -110,7 +111,7 @@ def test_weight_averaging(contract: Contract, route: str) -> None:
     assert_means(weights_at_end(run), run.watch.weights)
 
 
-@every_optimizer
+@every_family
 @title("`EMAWeightAveraging`")
 def test_exponential_averaging(contract: Contract) -> None:
     """Training itself is not disturbed, and the result is the average."""
@@ -124,7 +125,7 @@ def test_exponential_averaging(contract: Contract) -> None:
         torch.testing.assert_close(tensor, average[name], rtol=1e-5, atol=1e-6)
 
 
-@every_optimizer
+@every_family
 @title("`EMAWeightAveraging`")
 def test_exponential_averaging_resumes(contract: Contract, tmp_path: Any) -> None:
     """A checkpoint holds the average as the module and the weights beside it."""

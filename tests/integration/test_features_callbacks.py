@@ -26,6 +26,7 @@ from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
 from lightning_curvature import CurvatureMonitor
+from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCH_SIZE,
     BATCHES,
@@ -39,7 +40,7 @@ from tests.helpers.features import (
     train,
 )
 from tests.helpers.modules import StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import assert_bitwise
 
 pytestmark = quiet
@@ -85,7 +86,7 @@ NEEDS_PROGRESS_BAR = ("TQDMProgressBar",)
 NEEDS_SUMMARY = ("ModelSummary",)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.filterwarnings("ignore:When using the `ThroughputMonitor`:UserWarning")
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=title(f"`{name}`")) for name in WATCHING]
@@ -103,7 +104,7 @@ def test_watching_changes_nothing(contract: Contract, name: str, tmp_path: Any) 
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @title("`LearningRateMonitor`")
 def test_the_logged_rate_is_that_of_the_group(contract: Contract, tmp_path: Any) -> None:
     """Of the groups: what a scheduler changes. The derived step length is CurvatureMonitor's."""
@@ -114,7 +115,7 @@ def test_the_logged_rate_is_that_of_the_group(contract: Contract, tmp_path: Any)
     assert logged == {run.optimizer.param_groups[0]["lr"]}
 
 
-@every_optimizer
+@every_family
 @title("`LambdaCallback`")
 def test_every_hook_is_called_once_per_batch(contract: Contract) -> None:
     """Extra passes call no hook."""
@@ -138,7 +139,7 @@ def test_every_hook_is_called_once_per_batch(contract: Contract) -> None:
 # Callbacks that stop training
 
 
-@every_optimizer
+@every_family
 @title("`EarlyStopping`")
 def test_early_stopping(contract: Contract) -> None:
     """The loss cannot fall by so much, so it stops when its patience is over."""
@@ -150,7 +151,7 @@ def test_early_stopping(contract: Contract) -> None:
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @title("`EarlyStopping`")
 def test_early_stopping_in_the_middle_of_an_epoch(contract: Contract) -> None:
     """By a validation after every second batch."""
@@ -160,7 +161,7 @@ def test_early_stopping_in_the_middle_of_an_epoch(contract: Contract) -> None:
     assert_bitwise(run.watch.weights[-1], plain(contract).watch.weights[6])
 
 
-@every_optimizer
+@every_family
 @title("`Timer`")
 def test_the_timer_stops_training(contract: Contract) -> None:
     run = train(contract, callbacks=[Timer(timedelta(milliseconds=1), "step")], max_epochs=1000)
@@ -168,7 +169,7 @@ def test_the_timer_stops_training(contract: Contract) -> None:
     assert_bitwise(run.watch.weights[-1], plain(contract).watch.weights[run.steps - 1])
 
 
-@every_optimizer
+@every_family
 @title("`SpikeDetection`")
 def test_a_spike_ends_training(contract: Contract, tmp_path: Any) -> None:
     """A batch with a huge loss; what was attached is removed although the fit ends by an error."""
@@ -213,7 +214,7 @@ class Staged(StockModule):
         return self.make_optimizer(filter(lambda p: p.requires_grad, self.parameters()))
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("directional", ["fd", "jvp"])
 @title("`BackboneFinetuning` (a parameter group during training)")
 def test_backbone_finetuning(contract: Contract, directional: str) -> None:
@@ -232,7 +233,7 @@ def test_backbone_finetuning(contract: Contract, directional: str) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("epochs", [1, 2])
 @title("`BackboneFinetuning` (a parameter group during training)")
 def test_backbone_finetuning_resumes(contract: Contract, epochs: int, tmp_path: Any) -> None:
@@ -255,7 +256,7 @@ def test_backbone_finetuning_resumes(contract: Contract, epochs: int, tmp_path: 
     assert sum(rest.watch.losses[-BATCHES:]) < sum(half.watch.losses[:BATCHES])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("directional", ["fd", "jvp"])
 @title("`ModelPruning` (masked parameters)")
 def test_pruning(contract: Contract, directional: str) -> None:

@@ -11,9 +11,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature.oracle import NoLossCapturedError
+from tests.helpers.families import every_family
 from tests.helpers.features import BATCHES, EPOCHS, quiet, train
 from tests.helpers.modules import CLASSES, MakeOptimizer, StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import assert_bitwise
 
 pytestmark = [
@@ -57,7 +58,7 @@ def blocks(recompute: bool | None) -> Any:
     return lambda make_optimizer: StockModule(Blocks(recompute), make_optimizer)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("directional", ["auto", "fd", "jvp"])
 @title("activation checkpointing, non-reentrant")
 def test_non_reentrant(contract: Contract, directional: str) -> None:
@@ -69,21 +70,28 @@ def test_non_reentrant(contract: Contract, directional: str) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("directional", ["auto", "fd"])
 @title("activation checkpointing, reentrant")
-def test_reentrant(contract: Contract, directional: str) -> None:
+@pytest.mark.filterwarnings("ignore:.*on the graph of the main pass:RuntimeWarning")
+def test_reentrant(contract: Contract, directional: str, refused: Any) -> None:
+    """Torch differentiates it once, by ``backward``."""
+    if not contract.info.asks.isdisjoint({"sampled", "hvp"}):
+        with pytest.raises(RuntimeError, match="use_reentrant=True") as refusal:
+            train(contract, blocks(True), directional=directional)
+        refused(str(refusal.value).split(".")[0] + "... Set use_reentrant=False.")
+        return
     plain = train(contract, blocks(None), directional=directional)
     run = train(contract, blocks(True), directional=directional)
     assert_bitwise(run.tensors, plain.tensors)
 
 
-@every_optimizer
+@every_family
 @title('activation checkpointing, reentrant, `directional="jvp"`')
 def test_reentrant_in_forward_mode(contract: Contract, refused: Any) -> None:
     """Newer versions of torch raise; older ones lose tangents, which the self-check notices."""
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if "directional" not in contract.info.asks:
+        pytest.skip("needs no forward mode")
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
@@ -96,12 +104,12 @@ def test_reentrant_in_forward_mode(contract: Contract, refused: Any) -> None:
     refused("torch has no forward mode for it: an error, or a warning of the self-check.")
 
 
-@every_optimizer
+@every_family
 @title("activation checkpointing, reentrant, in mixed precision")
 def test_reentrant_in_mixed_precision(contract: Contract) -> None:
     """Left to "auto", the method is changed with a warning, and the loss falls."""
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if "directional" not in contract.info.asks:
+        pytest.skip("needs no forward mode")
     with pytest.warns(RuntimeWarning, match="Self-check|Forward-mode"):
         run = train(contract, blocks(True), precision="bf16-mixed", max_epochs=6)
     run.assert_learned()
@@ -138,14 +146,14 @@ def inside(kind: type[LossInside]) -> Any:
     return make
 
 
-@every_optimizer
+@every_family
 @title("loss inside a checkpointed region, non-reentrant")
 def test_loss_inside(contract: Contract) -> None:
     run = train(contract, inside(LossInside))
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @title("loss inside a checkpointed region, reentrant")
 def test_loss_inside_reentrant(contract: Contract, refused: Any) -> None:
     """The loss function runs without a graph there; it is no loss anyone could differentiate."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
+from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCHES,
     EPOCHS,
@@ -18,7 +19,7 @@ from tests.helpers.features import (
     quiet,
     train,
 )
-from tests.helpers.optimizer_db import Contract, every_optimizer, identical
+from tests.helpers.optimizer_db import Contract, identical
 from tests.helpers.probing import assert_bitwise
 
 pytestmark = [
@@ -48,7 +49,7 @@ def assert_is_step(path: Path | str, contract: Contract, step: int) -> None:
     assert_bitwise({name: checkpoint["state_dict"][name] for name in expected}, expected)
 
 
-@every_optimizer
+@every_family
 @title("`ModelCheckpoint(every_n_train_steps=...)`")
 def test_checkpoints_between_steps(contract: Contract, tmp_path: Path) -> None:
     """All of them load safely, hold the step they name, and training does not notice."""
@@ -61,7 +62,7 @@ def test_checkpoints_between_steps(contract: Contract, tmp_path: Path) -> None:
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @title("`ModelCheckpoint(monitor=..., save_last=True)`")
 def test_the_best_and_the_last(contract: Contract, tmp_path: Path) -> None:
     """The last one continues bit for bit."""
@@ -75,7 +76,7 @@ def test_the_best_and_the_last(contract: Contract, tmp_path: Path) -> None:
     assert float(saving.best_model_score) < sum(losses[:BATCHES]) / BATCHES
 
 
-@every_optimizer
+@every_family
 @title("`ModelCheckpoint(save_weights_only=True)`")
 def test_weights_alone(contract: Contract, tmp_path: Path) -> None:
     saving = ModelCheckpoint(tmp_path, "weights", save_weights_only=True)
@@ -101,7 +102,7 @@ def breaking(make_optimizer: Any) -> Breaks:
 
 @pytest.mark.filterwarnings("ignore:`.fit.ckpt_path=None.` was called:UserWarning")
 @pytest.mark.filterwarnings("ignore:.fit.ckpt_path=.last.. is set:UserWarning")
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("kind", ["OnExceptionCheckpoint", "ModelCheckpoint"])
 @pytest.mark.feature(
     "Callbacks", "`OnExceptionCheckpoint`, `ModelCheckpoint(save_on_exception=True)`"

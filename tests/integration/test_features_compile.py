@@ -8,9 +8,10 @@ import pytest
 import torch
 from torch import nn
 
+from tests.helpers.families import every_family
 from tests.helpers.features import BATCHES, Run, batched, prepare, quiet
 from tests.helpers.modules import MakeOptimizer, StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 
 pytestmark = quiet
 
@@ -87,7 +88,7 @@ def assert_same_steps(run: Run, eager: Run) -> None:
         torch.testing.assert_close(ours, theirs, rtol=2e-2, atol=2e-3)
 
 
-@every_optimizer
+@every_family
 @every_kind
 def test_compiled(contract: Contract, kind: Any) -> None:
     """The same steps as without, up to round-off."""
@@ -96,7 +97,7 @@ def test_compiled(contract: Contract, kind: Any) -> None:
     assert_same_steps(run, eager)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("kind", [submodule, training_step])
 @title("in forward mode")
 def test_compiled_in_forward_mode(contract: Contract, kind: Any) -> None:
@@ -106,7 +107,7 @@ def test_compiled_in_forward_mode(contract: Contract, kind: Any) -> None:
     assert_same_steps(run, eager)
 
 
-@every_optimizer
+@every_family
 @title("nothing is compiled twice")
 def test_the_number_of_graphs(contract: Contract) -> None:
     """Steps that ask nothing run the graph of those that ask."""
@@ -125,7 +126,7 @@ def test_the_number_of_graphs(contract: Contract) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler")
-@every_optimizer
+@every_family
 @title("inductor")
 def test_compiled_by_inductor(contract: Contract) -> None:
     """The default backend."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import spectral_norm, weight_norm
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.families import every_family
 from tests.helpers.features import BATCHES, EPOCHS, Run, batched, noisy_module, quiet, train
 from tests.helpers.modules import (
     CLASSES,
@@ -21,7 +22,7 @@ from tests.helpers.modules import (
     token_loss,
     transformer_module,
 )
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import assert_bitwise
 
 pytestmark = quiet
@@ -150,7 +151,7 @@ DATA: dict[str, Callable[[], Any]] = {
 NO_FORWARD_MODE = ("parametrization: `weight_norm`", "parametrization: `spectral_norm`")
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("name", [pytest.param(n, marks=title(n)) for n in ARCHITECTURES])
 @pytest.mark.parametrize("directional", ["auto", "jvp"])
 def test_architectures(contract: Contract, name: str, directional: str) -> None:
@@ -163,20 +164,20 @@ def test_architectures(contract: Contract, name: str, directional: str) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("name", NO_FORWARD_MODE)
 @title("no forward-mode rule, where it was asked for")
 def test_no_forward_rule(contract: Contract, name: str, refused: Any) -> None:
     """``directional="jvp"`` is an order; "auto" would take finite differences."""
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if "directional" not in contract.info.asks:
+        pytest.skip("needs no forward mode")
     make, data = ARCHITECTURES[name]
     with pytest.raises((NotImplementedError, RuntimeError), match=r"(?i)forward"):
         train(contract, make, data=DATA[data](), directional="jvp")
     refused('torch\'s own error about forward AD; use directional="auto" or "fd".')
 
 
-@every_optimizer
+@every_family
 @title("tied weights")
 def test_tied_weights_stay_tied(contract: Contract) -> None:
     run = train(contract, on_tokens(Tied), data=DATA["tokens"]())
@@ -230,7 +231,7 @@ def moved(run: Run) -> set[str]:
     return {name.split(".")[1] for name in first if not torch.equal(first[name], last[name])}
 
 
-@every_optimizer
+@every_family
 @title("frozen parameters")
 def test_frozen_parameters(contract: Contract) -> None:
     run = train(contract, chosen(nn.Module.parameters, (0, 2)))
@@ -238,7 +239,7 @@ def test_frozen_parameters(contract: Contract) -> None:
     run.assert_learned(0.99)
 
 
-@every_optimizer
+@every_family
 @title("partly optimized parameters")
 def test_partly_optimized_parameters(contract: Contract) -> None:
     """The others have gradients all the same; the steps are those with the others frozen."""
@@ -252,7 +253,7 @@ def test_partly_optimized_parameters(contract: Contract) -> None:
     assert_bitwise(run.tensors, frozen.tensors)
 
 
-@every_optimizer
+@every_family
 @title("several parameter groups")
 def test_groups_with_their_own_settings(contract: Contract) -> None:
     """A rate of zero holds a group still; equal groups are as good as one."""
@@ -275,7 +276,7 @@ def test_groups_with_their_own_settings(contract: Contract) -> None:
     assert_bitwise(train(contract, chosen(halves)).tensors, one.tensors)
 
 
-@every_optimizer
+@every_family
 @title("weight decay of a parameter group")
 def test_a_group_with_weight_decay(contract: Contract) -> None:
     """As everyone does it: decay for matrices, none for biases."""
@@ -307,7 +308,7 @@ class Thawing(StockModule):
         self.network[4].requires_grad_(self.current_epoch == 0)
 
 
-@every_optimizer
+@every_family
 @title("parameters frozen and freed on the way")
 def test_parameters_that_are_freed(contract: Contract) -> None:
     run = train(contract, lambda make: Thawing(classifier(), make))
@@ -324,7 +325,7 @@ def test_parameters_that_are_freed(contract: Contract) -> None:
     run.assert_learned(0.99)
 
 
-@every_optimizer
+@every_family
 @title("`configure_model`")
 def test_layers_made_late(contract: Contract) -> None:
     class Late(StockModule):
@@ -339,7 +340,7 @@ def test_layers_made_late(contract: Contract) -> None:
 # Training modes
 
 
-@every_optimizer
+@every_family
 @title("submodules in evaluation mode")
 def test_a_submodule_in_evaluation_mode(contract: Contract) -> None:
     """Its statistics stay, in extra passes too."""
@@ -354,7 +355,7 @@ def test_a_submodule_in_evaluation_mode(contract: Contract) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @title("training mode toggled in `training_step`")
 def test_a_mode_toggled_in_the_step(contract: Contract) -> None:
     """For pseudo-labels, say: one forward in each mode. Batch norm counts one of them, once."""
@@ -378,7 +379,7 @@ def test_a_mode_toggled_in_the_step(contract: Contract) -> None:
 # What a training step returns
 
 
-@every_optimizer
+@every_family
 @title("`training_step` returns a dictionary")
 def test_a_dictionary(contract: Contract) -> None:
     class Dictionary(StockModule):
@@ -390,7 +391,7 @@ def test_a_dictionary(contract: Contract) -> None:
     assert_bitwise(run.tensors, expected.tensors)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
 @title("`training_step` returns None now and then")
 def test_nothing_now_and_then(contract: Contract) -> None:
@@ -412,7 +413,7 @@ def test_nothing_now_and_then(contract: Contract) -> None:
     assert_bitwise(run.tensors, expected.tensors)
 
 
-@every_optimizer
+@every_family
 @title("several losses and a penalty")
 def test_several_losses(contract: Contract) -> None:
     """Cross-entropy, a regression, a masked loss, a penalty on the weights, and one for the log."""

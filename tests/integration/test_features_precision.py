@@ -16,9 +16,10 @@ from lightning.pytorch.plugins import (
 )
 from torch import Tensor
 
+from tests.helpers.families import every_family
 from tests.helpers.features import BATCH_SIZE, BATCHES, Run, batched, learnable, prepare, train
 from tests.helpers.modules import StockModule, mlp_module
-from tests.helpers.optimizer_db import Contract, every_optimizer, identical
+from tests.helpers.optimizer_db import Contract, identical
 from tests.helpers.probing import assert_bitwise
 
 WEIGHTS = {
@@ -68,7 +69,7 @@ def settings_of(precision: str) -> dict[str, Any]:
     return {"precision": precision}
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 @every_precision
 def test_trains(contract: Contract, precision: str, route: str) -> None:
@@ -88,7 +89,7 @@ def double_module(make_optimizer: Any) -> StockModule:
     return mlp_module(make_optimizer).double()
 
 
-@every_optimizer
+@every_family
 @every_precision
 def test_resumes(contract: Contract, precision: str, tmp_path: Path) -> None:
     """Bit for bit, with the scale of a scaler, and no state cast on the way."""
@@ -103,7 +104,7 @@ def test_resumes(contract: Contract, precision: str, tmp_path: Path) -> None:
     assert identical(rest.optimizer.state_dict(), whole.optimizer.state_dict())
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.feature("Precision", "mixed, with clipping and accumulation")
@@ -141,7 +142,7 @@ def scaled_run(contract: Contract, grad_scaler: torch.amp.GradScaler, **settings
     return run, scales.seen
 
 
-@every_optimizer
+@every_family
 @SCALED
 def test_the_scale_grows(contract: Contract) -> None:
     """... and nothing depends on it, as long as nothing overflows or vanishes."""
@@ -152,7 +153,7 @@ def test_the_scale_grows(contract: Contract) -> None:
         torch.testing.assert_close(growing.tensors[name], tensor, rtol=1e-2, atol=1e-3)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("accumulate", [1, 2])
 @SCALED
 def test_steps_that_the_scaler_leaves_out(contract: Contract, accumulate: int) -> None:
@@ -188,7 +189,7 @@ class Overflows(StockModule):
             next(self.parameters()).grad.view(-1)[0] = torch.inf
 
 
-@every_optimizer
+@every_family
 @SCALED
 def test_an_infinite_gradient_on_the_way(contract: Contract) -> None:
     """The scaler leaves the step out; weights and state stay, and the next step is taken."""
@@ -227,7 +228,7 @@ def pretend(trainer: Trainer, kind: type) -> None:
     Pretender.__name__ = kind.__name__
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["strategy", "callback", "auto"])
 @pytest.mark.parametrize(
     ("kind", "reason"),
@@ -284,7 +285,7 @@ class Manual(StockModule):
         optimizer.step(closure)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     "precision",
     [

@@ -11,9 +11,10 @@ from torch.overrides import _len_torch_function_stack
 
 from lightning_curvature import declare_loss
 from lightning_curvature.oracle import NoLossCapturedError
+from tests.helpers.families import every_family
 from tests.helpers.features import BATCHES, EPOCHS, Run, batched, prepare, train
 from tests.helpers.modules import CLASSES, StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import ROUTES, assert_bitwise, parameters_and_buffers
 
 
@@ -53,7 +54,7 @@ class TakesIterator(StockModule):
         return self.loss(self(x), y)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`:UserWarning")
 @pytest.mark.parametrize("route", ROUTES)
 @title("`training_step(dataloader_iter)`")
@@ -79,7 +80,7 @@ class ChangesBatch(StockModule):
         return self.loss(self(x), y)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("a batch changed in place")
 def test_a_batch_changed_in_place(contract: Contract, route: str, refused: Any) -> None:
@@ -110,13 +111,13 @@ class Declared(StockModule):
         return declare_loss(loss, logits, y, kind="cross_entropy")
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("hand-written loss")
 def test_a_handwritten_loss(contract: Contract, route: str, refused: Any) -> None:
     """The message lists what is known and offers `declare_loss`."""
     run = prepare(contract, made(Handwritten), route=route)
-    if "directional" not in contract.info.asks:
+    if not contract.needs_known_loss:
         run.trainer.fit(run.module, batched())
         run.assert_learned()
         return
@@ -126,7 +127,7 @@ def test_a_handwritten_loss(contract: Contract, route: str, refused: Any) -> Non
     refused(message.split(".")[0] + ". `declare_loss` can declare it.")
 
 
-@every_optimizer
+@every_family
 @title("hand-written loss with `declare_loss`")
 def test_a_declared_loss(contract: Contract) -> None:
     """The steps of the loss that it declares."""
@@ -163,7 +164,7 @@ class TwoOptimizers(StockModule):
         return [self.make_optimizer(first), self.make_other(last)]
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("two curvature optimizers")
 def test_two_of_them(contract: Contract, route: str, refused: Any) -> None:
@@ -175,7 +176,7 @@ def test_two_of_them(contract: Contract, route: str, refused: Any) -> None:
     refused(assert_refused(run, MisconfigurationException, text))
 
 
-@every_optimizer
+@every_family
 @title("an optimizer of torch beside it")
 def test_one_of_them_and_one_of_torch(contract: Contract) -> None:
     """Each trains its layer."""
@@ -190,7 +191,7 @@ def test_one_of_them_and_one_of_torch(contract: Contract) -> None:
     assert not any(torch.equal(p, start[name]) for name, p in run.module.named_parameters())
 
 
-@every_optimizer
+@every_family
 @title("a layer replaced after the optimizer was made")
 def test_a_layer_that_is_replaced(contract: Contract) -> None:
     """As with every optimizer, the old layer is no longer there and the new one is not trained."""

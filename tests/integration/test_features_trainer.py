@@ -10,6 +10,7 @@ from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import CombinedLoader
 from torch.utils.data import TensorDataset
 
+from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCH_SIZE,
     BATCHES,
@@ -24,7 +25,7 @@ from tests.helpers.features import (
     quiet,
     train,
 )
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import ROUTES, assert_bitwise
 
 pytestmark = quiet
@@ -46,7 +47,7 @@ def case(name: str, **settings: Any) -> Any:
 
 
 @pytest.mark.filterwarnings("ignore:You are trying to `self.log:UserWarning")  # barebones
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     "settings",
     [
@@ -72,7 +73,7 @@ def test_settings_that_must_change_nothing(
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     "settings",
     [
@@ -91,7 +92,7 @@ def test_validation_changes_nothing(contract: Contract, settings: dict[str, Any]
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @title("logger and `log_every_n_steps`")
 def test_a_logger_changes_nothing(contract: Contract, tmp_path: Any) -> None:
     run = train(contract, logger=CSVLogger(tmp_path), log_every_n_steps=2)
@@ -99,7 +100,7 @@ def test_a_logger_changes_nothing(contract: Contract, tmp_path: Any) -> None:
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     ("limit", "batches"),
     [
@@ -116,7 +117,7 @@ def test_a_part_of_the_data(contract: Contract, limit: dict[str, Any], batches: 
     assert_bitwise(run.tensors, train(contract, data=batched(first_rows(batches))).tensors)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     ("limit", "steps"),
     [
@@ -134,7 +135,7 @@ def test_training_that_ends_early(contract: Contract, limit: dict[str, Any], ste
     assert run.optimizer.oracle is None
 
 
-@every_optimizer
+@every_family
 @title("`max_time`")
 def test_training_that_runs_out_of_time(contract: Contract) -> None:
     run = train(contract, max_time={"milliseconds": 1}, max_epochs=1000)
@@ -154,7 +155,7 @@ class LoadsItself(Validated):
         return batched()
 
 
-@every_optimizer
+@every_family
 @title("`reload_dataloaders_every_n_epochs`")
 def test_loaders_that_are_made_anew(contract: Contract) -> None:
     def make(make_optimizer: Any) -> LoadsItself:
@@ -176,7 +177,7 @@ class TwoLoaders(Validated):
         return torch.stack(parts).mean()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     ("mode", "batches"),
     [("min_size", 2), ("max_size_cycle", 5), ("max_size", 5), ("sequential", 7)],
@@ -206,7 +207,7 @@ class _Sequential:
         return itertools.chain(*self.loaders.values())
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("`trainer.fit` twice")
 def test_fit_twice(contract: Contract, route: str) -> None:
@@ -223,7 +224,7 @@ def test_fit_twice(contract: Contract, route: str) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @title("`validate`, `test`, `predict` after `fit`")
 def test_evaluation_after_the_fit(contract: Contract) -> None:
     run = train(contract)
@@ -236,7 +237,7 @@ def test_evaluation_after_the_fit(contract: Contract) -> None:
     assert run.optimizer.oracle is None
 
 
-@every_optimizer
+@every_family
 @title("`validate` before `fit`")
 def test_evaluation_before_the_fit(contract: Contract) -> None:
     run = prepare(contract)
@@ -262,7 +263,7 @@ class LongSteps(Validated):
         optimizer.zero_grad(set_to_none=False)
 
 
-@every_optimizer
+@every_family
 @title("overridden `optimizer_step` and `optimizer_zero_grad`")
 def test_overridden_hooks(contract: Contract) -> None:
     def make(make_optimizer: Any) -> LightningModule:
@@ -273,7 +274,7 @@ def test_overridden_hooks(contract: Contract) -> None:
     assert_bitwise(run.tensors, plain(contract).tensors)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @title("learning-rate scheduler, per epoch")
 def test_a_schedule_per_epoch(contract: Contract, route: str) -> None:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_curvature import in_extra_pass
 from lightning_curvature.oracle import MissingCapabilityError
+from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCHES,
     EPOCHS,
@@ -21,7 +22,7 @@ from tests.helpers.features import (
     quiet,
 )
 from tests.helpers.modules import StockModule
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import assert_bitwise, parameters_and_buffers
 
 pytestmark = quiet
@@ -36,11 +37,6 @@ def no_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave out the garbage collection before every trial, which takes most of the time."""
     place = "lightning.pytorch.tuner.batch_size_scaling.garbage_collection_cuda"
     monkeypatch.setattr(place, lambda: None)
-
-
-def asks(contract: Contract) -> bool:
-    """Tell whether an optimizer needs something attached."""
-    return bool(contract.info.asks)
 
 
 class Tunable(StockModule):
@@ -85,7 +81,7 @@ def skip_without_lr(contract: Contract) -> None:
         pytest.skip("has no lr")
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Trainer features", "`Tuner.lr_find`, with the strategy")
 def test_lr_find_with_the_strategy(contract: Contract) -> None:
     """It tries what it was told to, leaves no trace, and the fit afterwards is an ordinary one."""
@@ -105,14 +101,14 @@ def test_lr_find_with_the_strategy(contract: Contract) -> None:
     run.assert_learned()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["callback", "auto"])
 @pytest.mark.feature("Trainer features", "`Tuner.lr_find`, with the callback")
 def test_lr_find_without_the_strategy(contract: Contract, route: str, refused: Any) -> None:
     skip_without_lr(contract)
     run = prepare(contract, tunable, route=route)
     tuner = Tuner(run.trainer)
-    if not asks(contract):
+    if not contract.info.asks:
         assert tuner.lr_find(run.module, batched(), **FINDER, update_attr=False) is not None
         return
     before = parameters_and_buffers(run.module)
@@ -123,7 +119,7 @@ def test_lr_find_without_the_strategy(contract: Contract, route: str, refused: A
     refused("Learning-rate finder runs drop callbacks: use the strategy.")
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Callbacks", "`LearningRateFinder`, with the strategy")
 def test_learning_rate_finder_in_a_fit(contract: Contract) -> None:
     """The rate that it found is the one that training goes on with."""
@@ -143,7 +139,7 @@ def assert_learned_something(run: Any) -> None:
     assert sum(losses[-BATCHES:]) < sum(losses[:BATCHES])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     ("mode", "where", "error"),
     [
@@ -158,8 +154,8 @@ def test_batch_size_until_memory_runs_out(
     contract: Contract, mode: str, where: str, error: type[RuntimeError]
 ) -> None:
     """The size that is found fits; nothing is left of the trials."""
-    if where == "extra" and not asks(contract):
-        pytest.skip("asks nothing")
+    if where == "extra" and not contract.runs_again:
+        pytest.skip("makes no extra pass")
     # In mixed precision the extra pass is one in forward mode, which may fail for other reasons.
     precision = "bf16-mixed" if error is RuntimeError else "32-true"
     run = prepare(contract, tunable, max_epochs=1, limit_train_batches=6, precision=precision)
@@ -176,13 +172,13 @@ def test_batch_size_until_memory_runs_out(
     assert all(p.isfinite().all() for p in run.module.parameters())
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ["callback", "auto"])
 @pytest.mark.feature("Trainer features", "`Tuner.scale_batch_size`, with the callback")
 def test_batch_size_without_the_strategy(contract: Contract, route: str, refused: Any) -> None:
     run = prepare(contract, tunable, route=route, max_epochs=1, limit_train_batches=6)
     tuner = Tuner(run.trainer)
-    if not asks(contract):
+    if not contract.info.asks:
         assert tuner.scale_batch_size(run.module, max_trials=2) is not None
         return
     with pytest.raises(MissingCapabilityError, match="use the strategy"):
@@ -190,26 +186,26 @@ def test_batch_size_without_the_strategy(contract: Contract, route: str, refused
     refused("Learning-rate finder runs drop callbacks: use the strategy.")
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Callbacks", "`BatchSizeFinder`")
 def test_batch_size_finder_in_a_fit(contract: Contract) -> None:
     """It runs inside the fit, which then goes on with the size that was found."""
     finder = BatchSizeFinder(mode="power", init_val=2, max_trials=8)
     run = prepare(contract, tunable, callbacks=[finder], max_epochs=2, limit_train_batches=6)
-    run.module.limit, run.module.where = FITS, "extra" if asks(contract) else "main"
+    run.module.limit, run.module.where = FITS, "extra" if contract.runs_again else "main"
     run.trainer.fit(run.module)
     assert run.module.batch_size == 4
-    assert run.module.rows == {2, 4} | ({8} if asks(contract) else set())
+    assert run.module.rows == {2, 4} | ({8} if contract.runs_again else set())
     assert run.steps == 12 == len(run.watch.losses)
     assert all(p.isfinite().all() for p in run.module.parameters())
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "out of memory in an extra pass")
 def test_running_out_of_memory_leaves_a_usable_optimizer(contract: Contract) -> None:
     """The error reaches the user as it was; parameters are as before, and training can go on."""
-    if not asks(contract):
-        pytest.skip("asks nothing")
+    if not contract.runs_again:
+        pytest.skip("makes no extra pass")
     run = prepare(contract, tunable)
     run.module.limit, run.module.where = 0, "extra"
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}

@@ -8,6 +8,7 @@ comes at intervals (the self-check, reading the counts of failures, bad batches)
 import gc
 import warnings
 import weakref
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -17,8 +18,9 @@ from lightning.pytorch import Callback, Trainer
 from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
+from tests.helpers.families import every_family
 from tests.helpers.modules import StockModule, vectors
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.plain_loop import Loop, classification, network
 from tests.helpers.probing import ROUTES, make_trainer
 from tests.helpers.ranks import RankPool
@@ -29,6 +31,16 @@ STEPS, WARM, PERIOD = 200, 50, 100
 BAD_EVERY = 10
 # A thread of gloo lets go of what it sent a little later; one scalar per step would be 400 bytes.
 GLOO_SLACK = 64
+# Whoever averages vectors sends one of the size of all parameters, which would be 40 kB.
+GLOO_VECTOR_SLACK = 512
+
+
+@pytest.fixture(autouse=True)
+def small_heap() -> Iterator[None]:
+    """Hide from the garbage collector what was there before: collecting takes that long."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def python_tensors() -> int:
@@ -58,7 +70,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 }
 
 
-@every_optimizer
+@every_family
 @pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
 @pytest.mark.parametrize("case", list(PLAIN))
 @pytest.mark.feature("Faults", "memory flat over 200 steps")
@@ -172,20 +184,21 @@ RANKS: dict[str, dict[str, Any]] = {
 }
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("case", list(FITS))
 @pytest.mark.feature("Faults", "memory flat over 200 steps")
 def test_trainer(contract: Contract, case: str) -> None:
     assert_flat(*watched_fit(contract, **FITS[case]))
 
 
-@every_optimizer
+@every_family
 @pytest.mark.ddp
 @pytest.mark.parametrize("case", list(RANKS))
 @pytest.mark.feature("Faults", "memory flat over 200 steps, two ranks")
 def test_two_ranks(contract: Contract, case: str, ranks: RankPool) -> None:
+    slack = GLOO_SLACK if contract.info.asks <= {"loss", "directional"} else GLOO_VECTOR_SLACK
     for measured in ranks.run(watched_fit, contract, **RANKS[case], timeout=240):
-        assert_flat(*measured, slack=GLOO_SLACK)
+        assert_flat(*measured, slack=slack)
 
 
 # After the fit
@@ -204,7 +217,7 @@ class Remembers(StockModule):
         return F.cross_entropy(self(x), y)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("fails", [False, True])
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.feature("Faults", "nothing is kept after a fit")
@@ -237,7 +250,7 @@ def test_nothing_is_kept_after_a_fit(contract: Contract, route: str, fails: bool
     assert [name for name, thing in watched.items() if thing() is not None] == []
 
 
-@every_optimizer
+@every_family
 def test_nothing_is_kept_of_a_plain_loop(contract: Contract) -> None:
     """Also if the user never called ``detach``."""
     loop = Loop(network(), contract.make)

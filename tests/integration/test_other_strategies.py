@@ -36,8 +36,9 @@ from tests.helpers.elementwise import (
     small_network,
     whole,
 )
+from tests.helpers.families import every_family
 from tests.helpers.modules import StockModule, loader, mlp_module, vectors
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import make_trainer
 from tests.helpers.ranks import RankPool, world
 from tests.helpers.two_ranks import shared_loader
@@ -114,7 +115,7 @@ def refusal_of(make: Any, trainer: Trainer) -> str:
 # Refusals
 
 
-@every_optimizer
+@every_family
 @every_sharded
 @pytest.mark.parametrize("route", ["callback", "auto"])
 def test_sharded_strategies(
@@ -175,7 +176,7 @@ def asked_under_fsdp2(contract: Contract, callback: bool) -> str:
 
 
 @pytest.mark.ddp
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("callback", [False, True], ids=["auto", "callback"])
 @pytest.mark.feature("Other strategies", TITLES[ModelParallelStrategy])
 def test_asking_under_fsdp2(
@@ -341,7 +342,7 @@ def weights_under(contract: Contract, strategy: Any) -> Tensor:
     return torch.cat([p.detach().flatten() for p in module.parameters()])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     "strategy", [SingleDeviceStrategy, UsersSingle, UsersCurvature, UsersMixed]
 )
@@ -384,7 +385,7 @@ def weights_on_ranks(contract: Contract, strategy: str) -> Tensor:
 
 
 @pytest.mark.ddp
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("strategy", ["subclass", "mixin"])
 @pytest.mark.feature("Other strategies", "Subclasses of DDPStrategy")
 def test_users_ddp(contract: Contract, strategy: str, ranks: RankPool) -> None:
@@ -395,7 +396,7 @@ def test_users_ddp(contract: Contract, strategy: str, ranks: RankPool) -> None:
         assert torch.equal(weights, stock[0])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Other strategies", "FSDPStrategy")
 def test_lightning_itself_refuses_fsdp_without_a_gpu(
     contract: Contract, refused: Callable[[str], None]

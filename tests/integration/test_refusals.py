@@ -19,8 +19,9 @@ from torch.utils.data import DataLoader, Dataset
 from lightning_curvature import declare_loss
 from lightning_curvature.oracle import MissingCapabilityError
 from tests.helpers.dense import DenseModel, Head, flatten, quadratic
+from tests.helpers.families import every_family
 from tests.helpers.modules import StockModule, loader, mlp_module, norm_dropout_module, vectors
-from tests.helpers.optimizer_db import Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract
 from tests.helpers.probing import (
     ROUTES,
     Probe,
@@ -63,7 +64,7 @@ class ManualModule(StockModule):
             optimizer.step()
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 def test_manual_optimization_without_closure(contract: Contract, route: str) -> None:
     """`training_step` cannot be run again, because it would step again."""
@@ -259,7 +260,7 @@ def _patched(owner: Any, before: set[str]) -> list[str]:
 
 
 @pytest.mark.filterwarnings("ignore:`training_step` returned `None`:UserWarning")
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("trouble", ["", "none", "raise"])
 @pytest.mark.parametrize("route", ROUTES)
 def test_clean_up(contract: Contract, route: str, trouble: str) -> None:
@@ -309,7 +310,7 @@ def test_validation_is_not_recorded() -> None:
     assert max(trainer.optimizers[0].deviations) <= 1e-12
 
 
-@every_optimizer
+@every_family
 def test_step_without_anything_attached_names_the_routes(contract: Contract) -> None:
     """A plain loop without a closure."""
     model = _network()

@@ -12,6 +12,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
 from lightning_curvature import CurvatureMonitor
+from tests.helpers.families import every_family
 from tests.helpers.modules import StockModule, vectors
 from tests.helpers.optimizer_db import Contract, every_optimizer, identical
 from tests.helpers.plain_loop import Loop
@@ -89,7 +90,7 @@ def test_resume(contract: Contract, options: str, kind: str, tmp_path: Path) -> 
     assert_resumed(whole, part, resumed, path)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize(
     "precision",
     [
@@ -110,7 +111,7 @@ def test_resume_keeps_dtypes(contract: Contract, precision: str, tmp_path: Path)
         assert floating_dtypes(state) == floating_dtypes(whole.state)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "precision 16-mixed, GradScaler")
 def test_resume_with_a_gradient_scaler(contract: Contract, tmp_path: Path) -> None:
     """The scale has grown by then, and the next growth is due in the middle of the second part."""
@@ -124,7 +125,7 @@ def test_resume_with_a_gradient_scaler(contract: Contract, tmp_path: Path) -> No
     assert_resumed(whole, part, resumed, path)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "accumulated gradients")
 @pytest.mark.parametrize("kind", SAVERS)
 def test_resume_with_accumulation(contract: Contract, kind: str, tmp_path: Path) -> None:
@@ -140,7 +141,7 @@ def test_resume_with_accumulation(contract: Contract, kind: str, tmp_path: Path)
     assert_resumed(whole, part, resumed, path)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "checkpoint inside an accumulation window")
 def test_resume_inside_a_window(contract: Contract, tmp_path: Path) -> None:
     """Lightning saves no gradients: the first step has those of the rest of the window."""
@@ -154,7 +155,7 @@ def test_resume_inside_a_window(contract: Contract, tmp_path: Path) -> None:
     assert min(resumed.losses[-3:]) < max(resumed.losses[:3])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "learning-rate scheduler")
 def test_resume_with_a_scheduler(contract: Contract, tmp_path: Path) -> None:
     """OneCycleLR keeps numbers of its own in the parameter groups."""
@@ -166,7 +167,7 @@ def test_resume_with_a_scheduler(contract: Contract, tmp_path: Path) -> None:
     assert_resumed(whole, part, resumed, path)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "interrupted several times")
 def test_resume_twice(contract: Contract, tmp_path: Path) -> None:
     given = contract.rich
@@ -181,7 +182,7 @@ def test_resume_twice(contract: Contract, tmp_path: Path) -> None:
     assert identical(three.state, whole.state)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("weights_only", [None, False])
 def test_resume_with_other_readers(
     contract: Contract, weights_only: bool | None, tmp_path: Path
@@ -196,7 +197,7 @@ def test_resume_with_other_readers(
 # Who attaches
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "another route than before")
 @pytest.mark.parametrize(
     ("before", "after"), [("strategy", "callback"), ("callback", "auto"), ("auto", "strategy")]
@@ -211,7 +212,7 @@ def test_resume_by_another_route(
     assert_resumed(whole, part, resumed, path)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "other callbacks than before")
 @pytest.mark.parametrize("monitored", ["before", "after"])
 def test_resume_with_other_callbacks(
@@ -234,7 +235,7 @@ def test_resume_with_other_callbacks(
 # Outside of Lightning
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "Lightning's checkpoint in a plain loop")
 @pytest.mark.parametrize("scheduled", [False, True])
 def test_continue_in_a_plain_loop(contract: Contract, scheduled: bool, tmp_path: Path) -> None:
@@ -268,7 +269,7 @@ def test_continue_in_a_plain_loop(contract: Contract, scheduled: bool, tmp_path:
     assert identical(loop.optimizer.state_dict(), whole.state)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "plain torch.save of the optimizer in a Trainer")
 @pytest.mark.parametrize("where", ["configure_optimizers", "on_fit_start"])
 @pytest.mark.parametrize("route", ["strategy", "callback"])

@@ -11,7 +11,8 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer, identical
+from tests.helpers.families import every_family
+from tests.helpers.optimizer_db import CONTRACTS, Contract, identical
 from tests.helpers.probing import ROUTES
 from tests.helpers.ranks import RankPool
 from tests.helpers.resuming import Save, run
@@ -59,7 +60,7 @@ class Kept:
             assert "training_step" not in part.__dict__
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "truncated checkpoint: refused, the next fit works")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("share", [0.0, 0.5, 0.99])
@@ -84,7 +85,7 @@ def test_truncated_file(contract: Contract, share: float, route: str, tmp_path: 
     assert identical(resumed.state, whole.state)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "foreign checkpoint: refused, the next fit works")
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("kind", KINDS)
@@ -130,7 +131,7 @@ class Tries(Callback):
             self.refused += 1
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "foreign state in the middle of a fit: refused, nothing changes")
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_refused_in_the_middle_of_a_fit(contract: Contract, precision: str) -> None:
@@ -144,7 +145,7 @@ def test_refused_in_the_middle_of_a_fit(contract: Contract, precision: str) -> N
         assert identical(getattr(disturbed, what), getattr(undisturbed, what)), what
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "checkpoint of weights only: refused, the next fit works")
 def test_weights_only_file(contract: Contract, tmp_path: Path) -> None:
     """``save_weights_only`` keeps no optimizer; Lightning says so."""
@@ -175,7 +176,7 @@ def saved_on_this_rank(contract: Contract, path: Path) -> None:
     run(contract, {}, stop_before=3, callbacks=[Save(path, 3)])
 
 
-@every_optimizer
+@every_family
 @pytest.mark.ddp
 @pytest.mark.feature("Faults", "foreign checkpoint on two ranks: refused on both")
 def test_foreign_file_on_two_ranks(contract: Contract, ranks: RankPool, tmp_path: Path) -> None:
@@ -192,7 +193,7 @@ def test_foreign_file_on_two_ranks(contract: Contract, ranks: RankPool, tmp_path
         assert identical(rest.state, whole.state)
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "damaged checkpoint: refused, the next fit works")
 @pytest.mark.parametrize("content", [b"\0" * 4096, b"<html>not found</html>", b"x"])
 def test_a_file_that_is_no_checkpoint(contract: Contract, content: bytes, tmp_path: Path) -> None:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from tests.helpers.optimizer_db import Contract, every_optimizer, identical
+from tests.helpers.families import every_family
+from tests.helpers.optimizer_db import Contract, identical
 from tests.helpers.ranks import RankPool
 from tests.helpers.resuming import BATCHES, Run, run, saver
 
@@ -42,7 +43,7 @@ def assert_same_everywhere(results: list[Run]) -> Run:
     return first
 
 
-@every_optimizer
+@every_family
 @pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize(
     "kind",
@@ -72,7 +73,7 @@ def test_resume(contract: Contract, kind: str, route: str, ranks: RankPool, tmp_
     assert identical(resumed[1].restored, parts[0].saved), "what rank 0 saved is for all ranks"
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "two ranks, accumulated gradients")
 def test_resume_with_accumulation(contract: Contract, ranks: RankPool, tmp_path: Path) -> None:
     path = tmp_path / "saved" / "part.ckpt"
@@ -89,13 +90,14 @@ def test_resume_with_accumulation(contract: Contract, ranks: RankPool, tmp_path:
         assert identical(getattr(rest, what), getattr(whole, what)), what
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Resume", "saved on two ranks, resumed on one, and the reverse")
 @pytest.mark.parametrize("first", ["two", "one"])
 def test_resume_on_another_number_of_ranks(
     contract: Contract, first: str, ranks: RankPool, tmp_path: Path
 ) -> None:
     """The batches are the same as a whole, so the steps are, but for the order of sums."""
+    contract = contract.exactly()
     path = tmp_path / "saved" / "part.ckpt"
     given = contract.rich
     settings: dict[str, Any] = {"precision": "64-true", "directional": "jvp"}

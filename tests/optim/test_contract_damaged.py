@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import CurvatureOptimizer
+from tests.helpers.families import every_family
 from tests.helpers.optimizer_db import OPTIONAL, Contract, every_optimizer, identical
 from tests.helpers.plain_loop import Loop, classification, network
 
@@ -116,7 +117,7 @@ def is_named(path: Path, text: str, optimizer: CurvatureOptimizer) -> bool:
     return any(name in text for name in (*names, *others.get(key, ())))
 
 
-@every_optimizer
+@every_family
 @pytest.mark.feature("Faults", "damaged optimizer state: refused, nothing changes")
 def test_damage_is_named_and_changes_nothing(contract: Contract) -> None:
     given = contract.rich
