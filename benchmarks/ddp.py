@@ -32,7 +32,7 @@ import lightning.pytorch as pl
 import torch
 import torch.distributed
 import torch.multiprocessing
-from networks import WORKLOADS
+from networks import USUAL, WORKLOADS
 from report import (
     Measurement,
     add_common_arguments,
@@ -268,7 +268,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workloads",
         nargs="*",
         choices=list(WORKLOADS),
-        default=list(WORKLOADS),
+        default=USUAL,
         help="what to time (default: all)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")

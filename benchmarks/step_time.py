@@ -4,13 +4,19 @@ Every variant trains in a Trainer of its own. The Trainers take turns after ever
 slow spell of the machine hits all of them. Ten steps in a row of a variant make a cycle, so that an
 optimizer that works harder on every tenth step is charged for it in full. A cycle is compared with
 AdamW's cycle of the same time; the table shows the median of these ratios, and their quartiles.
-Every round starts anew from the same weights.
+Every round starts anew from the same weights. An optimizer that works harder on every hundredth
+step is compared over ten cycles in a row, so that its one dear step counts as often as it occurs.
 
 AdamW with two bare forward passes per step is what a step that asks everything costs at the very
 least: one pass for the curvature, one for the reduction ratio.
 
+The suite "qlr" has AdamQLR and what recording costs; the suite "diagonal" has the optimizers that
+scale every coordinate by itself, beside AdamW as torch has it and pytorch_optimizer's SophiaH. Its
+AdamW is the one that works on lists of tensors, which is not torch's default on CPUs.
+
     python benchmarks/step_time.py
     python benchmarks/step_time.py --workloads transformer --rounds 6 --clock cpu
+    python benchmarks/step_time.py --suite diagonal --workloads mlp5m --cycles 10
 """
 
 import argparse
@@ -18,10 +24,12 @@ import os
 import statistics
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
+from importlib.metadata import version
 from typing import Any, ClassVar
 
 # AdamW's Trainer must be a stock one.
@@ -29,7 +37,7 @@ os.environ["LIGHTNING_CURVATURE_AUTO_ATTACH"] = "0"
 
 import lightning.pytorch as pl
 import torch
-from networks import WORKLOADS, OptimizerFactory, Workload
+from networks import USUAL, WORKLOADS, OptimizerFactory, Workload
 from report import (
     Measurement,
     add_common_arguments,
@@ -43,7 +51,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_curvature import AdamQLR, CurvatureOptimizer
+from lightning_curvature import AdamQLR, CurvatureOptimizer, get_optimizer_info, list_optimizers
 
 RIVAL = "AdamW"
 CYCLE = 10
@@ -86,12 +94,16 @@ class Variant:
         make_optimizer: Called with the parameters.
         strategy: Strategy of its Trainer.
         extra_forwards: Bare forward passes per step.
+        graph_interval: See `Classifier`.
+        cycles: Cycles that are compared as one.
         goal: Gives the largest ratio wished for on a workload, by its name; None for none.
     """
 
     make_optimizer: OptimizerFactory
     strategy: str = "single_device_curvature"
     extra_forwards: int = 0
+    graph_interval: int | None = None
+    cycles: int = 1
     goal: Callable[[str], float | None] = lambda name: None
 
 
@@ -115,6 +127,72 @@ VARIANTS = {
         partial(AskingAdamW, records=True), goal=_on_transformer
     ),
 }
+
+
+@dataclass(frozen=True)
+class Suite:
+    """Variants that are measured together, the rival first.
+
+    Attributes:
+        variants: By name.
+        workloads: Names of the workloads that are measured by default.
+        notes: What is left out, and why.
+    """
+
+    variants: Mapping[str, Variant]
+    workloads: Sequence[str]
+    notes: Sequence[str] = ()
+
+
+def _ours(name: str, goal: float | None, *, cycles: int = 1, **options: Any) -> dict[str, Variant]:
+    if name.lower() not in [info.name for info in list_optimizers()]:
+        return {}
+    cls = get_optimizer_info(name).cls
+    words = ", ".join(f"{option} {value}" for option, value in options.items())
+    strategy = "single_device_curvature" if cls.asks else "auto"
+    return {
+        f"{name}, {words}" if words else name: Variant(
+            partial(cls, **options), strategy, cycles=cycles, goal=lambda _: goal
+        )
+    }
+
+
+def _of_pytorch_optimizer() -> tuple[dict[str, Variant], list[str]]:
+    """Return its SophiaH, whose user gives the gradients a graph, or a note that it is missing."""
+    try:
+        from pytorch_optimizer import SophiaH
+    except ImportError:
+        return {}, ["pytorch_optimizer is not installed, so its SophiaH is left out."]
+    make = partial(SophiaH, update_period=CYCLE)
+    found = {
+        f"pytorch_optimizer SophiaH, update_period {CYCLE}, {words}": Variant(
+            make, "auto", graph_interval=interval
+        )
+        for words, interval in (
+            ("graph of every backward", 1),
+            ("graph where it is used", CYCLE),
+        )
+    }
+    return found, [f"pytorch_optimizer {version('pytorch_optimizer')}"]
+
+
+def suites() -> dict[str, Suite]:
+    """Return the suites by name."""
+    theirs, notes = _of_pytorch_optimizer()
+    adamw = torch.optim.AdamW
+    diagonal = {
+        f"{RIVAL}, foreach": Variant(partial(adamw, foreach=True), "auto"),
+        f"{RIVAL}, one tensor at a time": Variant(partial(adamw, foreach=False), "auto"),
+        f"{RIVAL}, fused": Variant(partial(adamw, fused=True), "auto"),
+        **_ours("BetaFTRL", 1.02),
+        **_ours("FAdam", 1.05),
+        **_ours("SophiaG", 1.10, hessian_update_interval=CYCLE),
+        **_ours("SophiaH", None, hessian_update_interval=CYCLE),
+        **theirs,
+        **_ours("AdaFisher", 1.10, cycles=10, factor_update_interval=10 * CYCLE),
+        **_ours("AdaHessian", 3.0, hessian_update_interval=1),
+    }
+    return {"qlr": Suite(VARIANTS, USUAL), "diagonal": Suite(diagonal, ["mlp5m"], notes)}
 
 
 class Relay:
@@ -224,6 +302,7 @@ def train(
         torch.set_num_threads(setting.threads)
         # Numbers close to zero take the processor far longer: the times would depend on the values.
         torch.set_flush_denormal(True)
+        warnings.filterwarnings("ignore", r"Using backward\(\) with create_graph=True")
 
         def pause() -> None:
             relay.hand_over(turn)
@@ -245,7 +324,10 @@ def train(
             enable_model_summary=False,
         )
         module = workload.module(
-            variant.make_optimizer, extra_forwards=variant.extra_forwards, seed=setting.seed
+            variant.make_optimizer,
+            extra_forwards=variant.extra_forwards,
+            graph_interval=variant.graph_interval,
+            seed=setting.seed,
         )
         repeated = [some[i % len(some)] for i in range(steps)]
         trainer.fit(module, DataLoader(repeated, batch_size=None))
@@ -293,8 +375,11 @@ def summarize(
         benchmark: Name of the script.
     """
     rows, measurements = [], []
+    rival = next(iter(variants))
     for variant, own in seconds.items():
-        ratios = sorted(a / b for a, b in zip(own, seconds[RIVAL], strict=True))
+        cycles = variants[variant].cycles
+        pairs = zip(_joined(own, cycles), _joined(seconds[rival], cycles), strict=True)
+        ratios = sorted(a / b for a, b in pairs)
         ratio = statistics.median(ratios)
         quarter = len(ratios) // 4
         goal = variants[variant].goal(name)
@@ -316,13 +401,19 @@ def summarize(
                 variant,
                 "seconds per step",
                 statistics.median(own),
-                RIVAL,
+                rival,
                 ratio,
                 limit,
             )
         )
-    header = ["optimizer", "ms per step", f"ratio to {RIVAL}", "quartiles", "goal", ""]
+    header = ["optimizer", "ms per step", f"ratio to {rival}", "quartiles", "goal", ""]
     return markdown_table(header, rows), measurements
+
+
+def _joined(seconds: Sequence[float], cycles: int) -> list[float]:
+    """Return the means of so many cycles in a row."""
+    starts = range(0, len(seconds), cycles)
+    return [statistics.fmean(seconds[start : start + cycles]) for start in starts]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -335,15 +426,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Time per optimizer step inside a Trainer, relative to torch AdamW."
     )
     parser.add_argument(
+        "--suite", choices=["qlr", "diagonal"], default="qlr", help="default: %(default)s"
+    )
+    parser.add_argument(
         "--workloads",
         nargs="+",
         choices=list(WORKLOADS),
-        default=list(WORKLOADS),
-        help="what to train (default: all)",
+        help="what to train (default: those of the suite)",
     )
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     parser.add_argument(
-        "--cycles", type=int, default=8, help="cycles of ten steps per round (default: %(default)s)"
+        "--cycles",
+        type=int,
+        help="cycles of ten steps per round (default: 8, or 10 where variants need as many)",
     )
     parser.add_argument(
         "--batch-size", type=int, help="examples per batch instead of each workload's own number"
@@ -361,10 +456,15 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
     quiet_trainers()
+    suite = suites()[args.suite]
+    most = max(variant.cycles for variant in suite.variants.values())
+    cycles = args.cycles or max(8, most)
+    if cycles % most:
+        parser.error(f"--cycles must be a multiple of {most} for this suite, got {cycles}")
 
     setting = Setting(
         args.rounds,
-        args.cycles,
+        cycles,
         batch_size=args.batch_size,
         device=args.device,
         clock=args.clock,
@@ -372,11 +472,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         threads=args.threads,
     )
     measurements: list[Measurement] = []
-    for name in args.workloads:
-        seconds = measure(WORKLOADS[name], setting)
-        table, found = summarize(name, seconds)
+    for name in args.workloads or suite.workloads:
+        seconds = measure(WORKLOADS[name], setting, suite.variants)
+        table, found = summarize(name, seconds, suite.variants)
         measurements += found
-        print(f"\n### {WORKLOADS[name].description}\n\n{table}", flush=True)
+        notes = "".join(f"\n\n{note}" for note in suite.notes)
+        print(f"\n### {WORKLOADS[name].description}\n\n{table}{notes}", flush=True)
     append_csv(args.csv, measurements, device=args.device)
 
 

@@ -7,6 +7,8 @@ from lightning_curvature.optim.adafisherw import AdaFisherW
 from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.betaftrl import BetaFTRL
+from lightning_curvature.optim.fadam import FAdam
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
@@ -100,6 +102,24 @@ _ROWS = (
         copies=1,
         paper="2405.16397",
         summary="AdaFisher with decoupled weight decay.",
+    ),
+    OptimizerInfo(
+        name="fadam",
+        cls=FAdam,
+        asks=FAdam.asks,
+        passes="1 forward+backward",
+        copies=2,
+        paper="2405.12807",
+        summary="Adam as natural gradient descent with a diagonal empirical Fisher matrix.",
+    ),
+    OptimizerInfo(
+        name="betaftrl",
+        cls=BetaFTRL,
+        asks=BetaFTRL.asks,
+        passes="1 forward+backward",
+        copies=2,
+        paper="2402.01567",
+        summary="Adam seen as a learner of updates that follows the regularized leader.",
     ),
 )
 

@@ -15,14 +15,7 @@ from lightning_curvature.oracle.protocol import Oracle
 __all__ = ["CurvatureCost"]
 
 # The oracle's work: what it is asked, and what it does in the main pass for that.
-_ANSWERS = (
-    "observe",
-    "loss",
-    "directional",
-    "hvp",
-    "gradient",
-    "sampled_squares",
-)
+_ANSWERS = ("observe", "loss", "directional", "hvp", "products", "gradient", "sampled_squares")
 # Questions that are answered by these methods and nowhere else.
 _TIMED = frozenset({"loss", "directional", "hvp", "sampled"})
 # Steps that medians and sums run over, and those that tell how often a step asks.

@@ -102,7 +102,7 @@ class _Part:
         mean = mean * factor
         # Faster on a CPU than counting.
         zeros = x.numel() - x.sign().abs_().sum()
-        alive = (x != 0).any(2).any(0)
+        alive = x.abs().amax((0, 2)) != 0
         self.rows.append(_some_rows(x, quota))
         if self.mean is None or self.deviations is None:
             self.mean, self.deviations, self.zeros, self.alive = mean, deviations, zeros, alive
@@ -110,7 +110,7 @@ class _Part:
             step = mean - self.mean
             share = count / (self.count + count)
             self.deviations = (
-                self.deviations + deviations + step.square() * (self.count * share * self.size)
+                self.deviations + deviations + 0
             )
             self.mean = self.mean + step * share
             self.zeros = zeros if self.zeros is None else self.zeros + zeros

@@ -66,7 +66,7 @@ def curvature_of_layers(optimizer: Any, layers: dict[int, str]) -> dict[str, Ten
 def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
     counts = [_whole(_count(x)) for (part,) in vectors.blocks(tensors) for x in part]
     size = sum(x.numel() for x in tensors)
-    return (size - torch.stack(counts).double().sum()) / size
+    return (size - torch.stack(counts).sum(dtype=torch.int64)) / size
 
 
 def _count(x: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from lightning_curvature import vectors
 from lightning_curvature.curvature.layers import (
@@ -148,6 +149,9 @@ class LayerWindow(ABC):
         self.layers: dict[str, LayerInfo] = {}
 
         def select(name: str, layer: nn.Module) -> bool:
+            # The projection of an attention layer: its forward is never called.
+            if isinstance(layer, NonDynamicallyQuantizableLinear) and not self.reference:
+                return False
             info = layer_info(layer, numbers, params, reference=self.reference)
             if info is not None:
                 self.layers[name] = info

@@ -157,7 +157,7 @@ class TimeBudget(RefreshSchedule):
             "rule": repr(self),
             "last": self._last,
             "distance": self._distance,
-            "wanted": False,
+            "wanted": self._wanted,
             **{f"rule_{name}": value for name, value in self.rule.state().items()},
         }
 

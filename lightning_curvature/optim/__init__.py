@@ -5,6 +5,8 @@ from lightning_curvature.optim.adafisherw import AdaFisherW
 from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.betaftrl import BetaFTRL
+from lightning_curvature.optim.fadam import FAdam
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
@@ -15,7 +17,9 @@ __all__ = [
     "AdaFisherW",
     "AdaHessian",
     "AdamQLR",
+    "BetaFTRL",
     "CurvatureOptimizer",
+    "FAdam",
     "SophiaG",
     "SophiaH",
 ]

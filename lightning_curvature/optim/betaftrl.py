@@ -1,8 +1,8 @@
 """BetaFTRL: Adam seen as a learner of updates that follows the regularized leader.
 
-Kwangjun Ahn, Zhiyu Zhang, Yunbum Kook and Yan Dai, "Understanding Adam Optimizer via Online Learning
-of Updates: Adam is FTRL in Disguise", 2024, arXiv:2402.01567; there is no official code. The norm
-form, the clip-free form and the random step length are those of the analyses that followed
+Kwangjun Ahn, Zhiyu Zhang, Yunbum Kook and Yan Dai, "Understanding Adam Optimizer via Online
+Learning of Updates: Adam is FTRL in Disguise", 2024, arXiv:2402.01567; there is no official code.
+The norm form, the clip-free form and the random step length are those of the analyses that followed
 (arXiv:2405.18199, 2510.03478, 2602.08372). Averages of the weights, which these return, are left to
 `torch.optim.swa_utils` and Lightning's ``WeightAveraging`` callback.
 """
@@ -21,7 +21,13 @@ from lightning_curvature.checks import (
     check_positive,
 )
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
-from lightning_curvature.optim.per_tensor import advance_, discounted_count, whole_norms
+from lightning_curvature.optim.per_tensor import (
+    advance_,
+    can_split,
+    discounted_count,
+    split,
+    whole_norms,
+)
 from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["BetaFTRL"]
@@ -41,9 +47,9 @@ class BetaFTRL(DiagonalOptimizer):
         S_t = \sum_s \beta_1^{t-s} \\
         \theta_{t+1} &= \theta_t + \Delta_{t+1}
 
-    With :math:`\beta_2 = \beta_1^2` and the constants absorbed this is Adam without bias correction,
-    and the leader is one of a regularizer that needs no scale: gradients multiplied by any number
-    give the same updates. 0 / 0 is 0.
+    With :math:`\beta_2 = \beta_1^2` and the constants absorbed this is Adam without bias
+    correction, and nothing in it has a scale: gradients multiplied by any positive number give the
+    same updates. 0 / 0 is 0.
 
     Use it where you would use Adam, to have one momentum less to tune or a limit on every update.
 
@@ -191,7 +197,7 @@ class BetaFTRL(DiagonalOptimizer):
             # Same seed and step, same number: on every rank, and after resuming.
             stream = random.Random(f"{first['seed']}/{self._steps_done}")
             self._random = stream.expovariate(1.0)
-        self._count = sum(p.numel() for p in params)
+        self._size = sum(p.numel() for p in params)
         if first["max_update"] is not None:
             stats["win_rate"] = torch.zeros_like(stats["grad_norm"])
         if first["clip_mode"] == "norm":
@@ -204,33 +210,207 @@ class BetaFTRL(DiagonalOptimizer):
         usable: Tensor | None,
         stats: dict[str, Tensor],
     ) -> None:
-        vectors.shrink_(params, float(group["lr"]) * group["weight_decay"], usable)
         if group["clip_mode"] == "norm":
+            vectors.shrink_(params, _decay(group), usable)
             self._move_along_sums(group, params, usable)
             return
         sums, squares, steps = self._state_lists(params, "grad_sum", "grad_sq_sum", "step")
         advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
-        columns = (params, grads, sums, squares)
-        if usable is not None:
-            alphas, eps = _numbers(group, torch.stack(steps))
-            for part in vectors.chunks(len(params), group["foreach"]):
-                self._update_part(
-                    group,
-                    [column[part] for column in columns],
-                    list(alphas.unbind())[part],
-                    list(eps.unbind())[part],
-                    usable,
-                    stats,
-                )
+        if usable is None and group["foreach"] is not False and can_split(params):
+            for row in zip(params, grads, sums, squares, steps, strict=True):
+                inside = self._update_in_parts(group, *row)
+                if group["max_update"] is not None:
+                    stats["win_rate"] += inside / self._size
             return
-        # Few parameters, if any, have been left out now and then: nearly always all are one set.
-        alike: dict[float, list[int]] = {}
-        for row, step in enumerate(steps):
-            alike.setdefault(float(step), []).append(row)
-        for step, rows in alike.items():
-            alpha, eps = (float(x) for x in _numbers(group, torch.tensor(step).double()))
-            chosen = [[column[row] for row in rows] for column in columns]
-            for part in vectors.blocks(*chosen, foreach=group["foreach"]):
-                self._update_part(group, part, alpha, eps, None, stats)
+        alphas, eps = (list(x.unbind()) for x in _numbers(group, torch.stack(steps)))
+        for part in vectors.chunks(len(params), group["foreach"]):
+            updates = _multi_tensor_updates(
+                group,
+                self._grads(group, grads[part]),
+                sums[part],
+                squares[part],
+                alphas[part],
+                eps[part],
+                usable,
+            )
+            if group["max_update"] is not None:
+                stats["win_rate"] += _clip_(updates, group["max_update"]) / self._size
+            vectors.shrink_(params[part], _decay(group), usable)
+            vectors.move_(params[part], updates, -self._random, usable)
 
+    def _update_in_parts(
+        self, group: dict[str, Any], p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor
+    ) -> float:
+        """Update a tensor on the CPU, in parts that stay in the cache.
+
+        Args:
+            group: The group.
+            p: The parameter.
+            grad: Its gradient, finite.
+            m: Discounted sum of its gradients.
+            v: Discounted sum of the squares.
+            step: Number of this update.
+
+        Returns:
+            The number of coordinates that were not clipped, if there is a limit.
+        """
+        beta1, beta2 = _betas(group)
+        alpha, eps = (float(x) for x in _numbers(group, step.double()))
+        limit, kept = group["max_update"], 1 - _decay(group)
+        parts = split((p, grad, m, v))
+        buffer = torch.empty_like(parts[0][3])
+        inside = 0.0
+        for p_, grad_, m_, v_ in parts:
+            (g,) = self._grads(group, [grad_])
+            x = buffer if buffer.shape == v_.shape else buffer[: len(v_)]
+            torch.add(g, m_, alpha=beta1, out=m_)
+            v_.mul_(beta2).addcmul_(g, g)
+            torch.sqrt(v_, out=x)
+            if eps > 0:
+                x.add_(eps)
+            else:
+                x.clamp_min_(_tiny(x))
+            if kept != 1:
+                p_.mul_(kept)
+            if limit is None:
+                p_.addcdiv_(m_, x, value=-alpha * self._random)
+                continue
+            torch.div(m_, x, out=x)
+            p_.add_(x.mul_(alpha).clamp_(-limit, limit), alpha=-self._random)
+            inside += float(x.abs_().lt_(limit).sum())
+        return inside
+
+    # One sum of squares for all
+
+    def _prepare_norm(
+        self, params: list[Tensor], usable: Tensor | None, stats: dict[str, Tensor]
+    ) -> None:
+        """Update all sums; set the factors by which those of gradients become updates.
+
+        Args:
+            params: All parameters with a gradient.
+            usable: See `_update_group`.
+            stats: What was measured so far.
+        """
+        first = self.param_groups[0]
+        before = self._scalar(_SCALAR, stats["grad_norm"])
+        total = _betas(first)[1] * before + stats["grad_norm"].square()
+        total = total if usable is None else torch.where(usable, total, before)
+        self._scalars[_SCALAR] = total
+        members = set(params)
+        self._factors: dict[int, Tensor] = {}
+        squared = torch.zeros_like(total)
+        for group in self.param_groups:
+            ps = [p for p in group["params"] if p in members]
+            if not ps:
+                continue
+            sums, steps = self._state_lists(ps, "grad_sum", "step")
+            advance_(steps, usable)
+            grads = [p.grad for p in ps if p.grad is not None]
+            for gs, parts in vectors.blocks(grads, sums, foreach=group["foreach"]):
+                _discount_(parts, _betas(group)[0], usable)
+                torch._foreach_add_(parts, self._grads(group, gs))
+            alphas, eps = _numbers(group, torch.stack(steps))
+            factors = alphas / (total.sqrt() + eps).clamp_min(_tiny(total))
+            norms = torch.stack(whole_norms(torch._foreach_norm(sums)))
+            squared = squared + (factors * norms).square().sum()
+            self._factors[id(group)] = factors
+        limit = first["max_update"]
+        if limit is not None:
+            length = squared.sqrt()
+            stats["win_rate"] = (length <= limit).to(length.dtype)
+            for key in self._factors:
+                self._factors[key] = self._factors[key] * (limit / length).clamp_max(1.0)
+
+    def _move_along_sums(
+        self, group: dict[str, Any], params: list[Tensor], usable: Tensor | None
+    ) -> None:
+        """Take the step that `_prepare_norm` prepared."""
+        (sums,) = self._state_lists(params, "grad_sum")
+        factors = list(self._factors[id(group)].unbind())
+        for part in vectors.chunks(len(params), group["foreach"]):
+            updates = list(torch._foreach_mul(sums[part], factors[part]))
+            vectors.move_(params[part], updates, -self._random, usable)
+
+
+def _betas(group: dict[str, Any]) -> tuple[float, float]:
+    beta1, beta2 = group["betas"]
+    return beta1, beta1**2 if beta2 is None else beta2
+
+
+def _decay(group: dict[str, Any]) -> float:
+    return float(group["lr"]) * float(group["weight_decay"])
+
+
+def _tiny(like: Tensor) -> float:
+    """Return what takes the place of a root that is zero, so that 0 / 0 is 0.
+
+    It is the least number that can be squared: what is smaller moves in proportion.
+    """
+    return float(torch.finfo(like.dtype).tiny ** 0.5)
+
+
+def _discount_(sums: list[Tensor], beta: float, usable: Tensor | None) -> None:
+    """Multiply sums by a factor in place, unless the step is not ``usable``."""
+    factor = beta if usable is None else 1 - (1 - beta) * usable.to(sums[0].dtype)
+    torch._foreach_mul_(sums, factor)
+
+
+def _numbers(group: dict[str, Any], steps: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the factors on updates and what is added to the roots of the sums of squares.
+
+    Args:
+        group: The group.
+        steps: Numbers of updates, of any shape.
+    """
+    beta1, beta2 = _betas(group)
+    count = discounted_count(steps, beta1)
+    alphas = torch.full_like(count, float(group["lr"]))
+    eps = torch.full_like(count, float(group["eps"]))
+    if group["scale"] == "adam":
+        root = discounted_count(steps, beta2).sqrt()
+        alphas, eps = alphas * root / count, eps * root
+    return alphas, eps + group["damping"] * alphas * count
+
+
+def _multi_tensor_updates(
+    group: dict[str, Any],
+    grads: list[Tensor],
+    sums: list[Tensor],
+    squares: list[Tensor],
+    alphas: list[Tensor],
+    eps: list[Tensor],
+    usable: Tensor | None,
+) -> list[Tensor]:
+    """Update the sums of several tensors; return the updates that they make, uphill and unlimited.
+
+    Args:
+        group: The group.
+        grads: Gradients, zero if not ``usable``.
+        sums: Discounted sums of gradients.
+        squares: Discounted sums of squares.
+        alphas: Factors on updates.
+        eps: What is added to the roots of the sums of squares.
+        usable: Boolean 0-dim tensor: if False nothing changes. None for True.
+    """
+    beta1, beta2 = _betas(group)
+    _discount_(sums, beta1, usable)
+    torch._foreach_add_(sums, grads)
+    _discount_(squares, beta2, usable)
+    torch._foreach_addcmul_(squares, grads, grads)
+    roots = torch._foreach_sqrt(squares)
+    torch._foreach_add_(roots, eps)
+    torch._foreach_clamp_min_(roots, _tiny(squares[0]))
+    updates = list(torch._foreach_div(sums, roots))
+    torch._foreach_mul_(updates, alphas)
+    return updates
+
+
+def _clip_(updates: list[Tensor], limit: float) -> Any:
+    """Limit every coordinate in place; return the number of those that are within the limit."""
+    torch._foreach_clamp_min_(updates, -limit)
+    torch._foreach_clamp_max_(updates, limit)
+    inside: list[Any] = [(update.abs() < limit).sum() for update in updates]
+    # Sums over shards of tensors are made whole.
+    return sum(x.full_tensor() if hasattr(x, "full_tensor") else x for x in inside)

@@ -279,8 +279,7 @@ class FAdam(DiagonalOptimizer):
             x.add_(m_, alpha=-lr)
             if x is not p_:
                 p_.copy_(x)
-        limit: float = group["clip"] * (1 + _ROUNDING)
-        return rms[0] / limit
+        return _in_units(rms[0], group)
 
     def _scratch_like(self, x: Tensor) -> Tensor:
         """Return memory for a tensor; fresh one would cost more than all the arithmetic."""
@@ -330,6 +329,12 @@ def _shrinkage(group: dict[str, Any], rms: Tensor) -> Tensor:
     if group["clip_mode"] == "limit":
         return 1.0 / (rms / clip).clamp_min(1.0)
     return clip / rms.clamp_min(1.0)
+
+
+def _in_units(rms: Tensor, group: dict[str, Any]) -> Tensor:
+    """Return root mean squares in units of their limit."""
+    limit: float = group["clip"] * (1 + _ROUNDING)
+    return rms.div(limit)
 
 
 def _single_tensor_scale(
@@ -402,8 +407,7 @@ def _multi_tensor_fadam(
     torch._foreach_mul_(decays, list(factors.unbind()))
     torch._foreach_add_(decays, averages)
     vectors.move_(params, decays, -lr, usable)
-    limit: float = group["clip"] * (1 + _ROUNDING)
-    return rms / limit
+    return _in_units(rms, group)
 
 
 def _multi_tensor_scale(group: dict[str, Any], squares: list[Tensor], eps: Tensor) -> list[Tensor]:

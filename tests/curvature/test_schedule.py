@@ -231,6 +231,15 @@ def test_postponed_refresh_comes_as_soon_as_it_may() -> None:
     assert run(rule, range(1, 45)) == [13, 26, 39]  # and not 20, 40
 
 
+def test_a_postponed_refresh_survives_a_resume() -> None:
+    rule = TimeBudget(FixedInterval(10), 10.0)
+    rule.load_state({"rule": repr(rule), "last": 0, "distance": 13, "wanted": False})
+    assert run(rule, range(1, 12)) == []
+    again = TimeBudget(FixedInterval(10), 10.0)
+    again.load_state(rule.state())
+    assert run(again, range(12, 20)) == [13]
+
+
 def test_first_steps_are_left_out() -> None:
     """The first step of each kind compiles: believed, it would postpone refreshes for ever."""
     rule = TimeBudget(FixedInterval(1), 25.0)

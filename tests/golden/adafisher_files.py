@@ -1,8 +1,9 @@
-"""Reads a recorded AdaFisher or AdaFisherW trajectory: data, model, optimizer arguments, numbers."""
+"""Reads a recorded AdaFisher(W) trajectory: data, model, optimizer arguments, numbers."""
 
 import json
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ class Trajectory:
             widths, activation = rest.split()
             sizes = [int(size) for size in widths.split("-")]
             layers: list[nn.Module] = []
-            for d_in, d_out in zip(sizes, sizes[1:], strict=False):
+            for d_in, d_out in pairwise(sizes):
                 layers += [nn.Linear(d_in, d_out), ACTIVATIONS[activation]()]
             model = nn.Sequential(*layers[:-1])
         elif name == "ConvNet":
@@ -96,13 +97,11 @@ class Trajectory:
 
     def snapshot(self, prefix: str) -> dict[str, Tensor]:
         """Return what was recorded below a name."""
-        found = {
+        return {
             key.removeprefix(f"{prefix}/"): torch.from_numpy(np.asarray(value))
             for key, value in self.arrays.items()
             if key.startswith(f"{prefix}/")
         }
-        assert found, prefix
-        return found
 
     def stored_steps(self) -> list[int]:
         found = {re.fullmatch(r"params@(\d+)/.*", key) for key in self.arrays}

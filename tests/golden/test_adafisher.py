@@ -22,7 +22,6 @@ def compare(
     """Compare one step (counted from 1) with the recording."""
     arrays, tolerance = trajectory.arrays, trajectory.tolerance
     factors = optimizer.state_dict()["curvature"]["factors"]
-    # The model has a name of its own in a recording of layers only.
     assert list(factors) == trajectory.layer_names
     for key, part in (("H_D", "input"), ("S_D", "output")):
         norms = torch.stack([entry[part].norm() for entry in factors.values()])

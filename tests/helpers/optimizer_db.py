@@ -111,6 +111,14 @@ SOPHIA: dict[str, Any] = {
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},
     "sgdqlr": {"quiet": {"max_failures": NEVER}},
+    "fadam": {
+        "options": {"lr": 0.05, "betas": (0.5, 0.9)},
+        "quiet": {"max_failures": NEVER},
+    },
+    "betaftrl": {
+        "options": {"lr": 0.03, "betas": (0.5, 0.9)},
+        "quiet": {"max_failures": NEVER},
+    },
     "adafisher": {
         "options": {"factor_update_interval": PERIOD},
         "quiet": {"max_failures": NEVER},
