@@ -230,7 +230,7 @@ class CurvatureMonitor(Callback):
         cost = self._cost.percent() if self._cost is not None else None
         if cost is not None:
             values["cost_percent"] = cost
-        self._history.append(trainer.global_step, values)
+        self._history.append(trainer.global_step, values | of_layers)
         metrics = {f"curvature/{name}": value for name, value in (values | of_layers).items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

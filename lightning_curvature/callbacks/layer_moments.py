@@ -110,7 +110,7 @@ class _Part:
             step = mean - self.mean
             share = count / (self.count + count)
             self.deviations = (
-                self.deviations + deviations + 0
+                self.deviations + deviations + step.square() * (self.count * share * self.size)
             )
             self.mean = self.mean + step * share
             self.zeros = zeros if self.zeros is None else self.zeros + zeros

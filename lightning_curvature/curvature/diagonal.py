@@ -63,8 +63,8 @@ def hutchinson(oracle: Oracle) -> list[Tensor]:
     total: list[Tensor] = []
     pairs = oracle.products()
     for z, product in pairs:
-        part = [h.to(x.dtype) for x, h in zip(z, product, strict=True)]
-        torch._foreach_mul_(part, z)
+        # Not in place: parameters that are added up share one product.
+        part = [h.to(x.dtype) * x for x, h in zip(z, product, strict=True)]
         if total:
             torch._foreach_add_(total, part)
         else:

@@ -39,13 +39,19 @@ class LabelSampler:
         )
         return (heights <= u * top).sum(dim).clamp_max(probabilities.shape[dim] - 1)
 
-    def bernoulli(self, probabilities: Tensor, call: int) -> Tensor:
-        """Draw zeros and ones, of the shape and dtype of ``probabilities``."""
+    def bernoulli(self, probabilities: Tensor, call: int, name: str = "input") -> Tensor:
+        """Draw zeros and ones, of the shape and dtype of ``probabilities``.
+
+        Args:
+            probabilities: Those of a one.
+            call: Number of the loss call.
+            name: Input of the loss they are for.
+        """
         u = torch.rand(
             probabilities.shape,
             dtype=probabilities.dtype,
             device=probabilities.device,
-            generator=self._stream(probabilities, call),
+            generator=self._stream(probabilities, call, name),
         )
         return (u < probabilities).to(probabilities.dtype)
 
@@ -54,6 +60,12 @@ class LabelSampler:
         generator = self._stream(mean, call)
         return torch.randn(mean.shape, dtype=mean.dtype, device=mean.device, generator=generator)
 
-    def signs(self, like: Tensor, call: int) -> Tensor:
-        """Draw +1 and -1 of the shape of ``like``."""
-        return 2 * self.bernoulli(torch.full_like(like, 0.5), call) - 1
+    def signs(self, like: Tensor, call: int, name: str) -> Tensor:
+        """Draw +1 and -1.
+
+        Args:
+            like: Gives the shape.
+            call: Number of the loss call.
+            name: Input of the loss they are for.
+        """
+        return 2 * self.bernoulli(torch.full_like(like, 0.5), call, name) - 1

@@ -30,12 +30,13 @@ def gradients(replay: Replay, records: Sequence[PassRecord], params: Vector) -> 
         params: Parameters to differentiate with respect to.
     """
     sums = [torch.zeros_like(p) for p in params]
+    trained = _trained(params)
     for record in records:
         with torch.enable_grad(), eager(), replay.running(record) as total:
-            if not total.requires_grad:
+            if not (total.requires_grad and trained):
                 continue
-            found = torch.autograd.grad(total, params, allow_unused=True)
-        _accumulate(sums, found, record.weight)
+            found = torch.autograd.grad(total, [params[i] for i in trained], allow_unused=True)
+        _accumulate([sums[i] for i in trained], found, record.weight)
     return sums
 
 
@@ -51,10 +52,18 @@ def exact_product(
         direction: The direction d, one tensor per parameter.
     """
     sums = [torch.zeros_like(p) for p in params]
-    for record in records:
-        _, parts = hessian_product(replay, record, params, direction)
-        _accumulate(sums, parts, record.weight)
+    trained = _trained(params)
+    for record in records if trained else ():
+        _, parts = hessian_product(
+            replay, record, [params[i] for i in trained], [direction[i] for i in trained]
+        )
+        _accumulate([sums[i] for i in trained], parts, record.weight)
     return sums
+
+
+def _trained(params: Vector) -> list[int]:
+    """Number the parameters that are not frozen; those that are may have an old gradient."""
+    return [i for i, p in enumerate(params) if p.requires_grad]
 
 
 def _accumulate(sums: list[Tensor], parts: Sequence[Tensor | None], weight: float | Tensor) -> None:

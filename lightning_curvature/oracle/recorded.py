@@ -147,9 +147,10 @@ class RecordedOracle(Oracle):
 
     def _drop_finished(self) -> None:
         """Forget what was computed on graphs of micro-batches whose gradient is gone."""
-        self._samples.drop_finished()
+        kept = self._recorded()
+        self._samples.drop_finished(kept)
         if self._products is not None:
-            self._products.drop_finished()
+            self._products.drop_finished(kept)
 
     # Ranks
 
@@ -262,9 +263,8 @@ class RecordedOracle(Oracle):
     def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
         # The gradients of one micro-batch wait until its weight is known, not those of all.
         self._samples.fold(plan)
-        index = self._samples.index(record)
         own = rank() if self._mean is not None else 0
-        sampler = plan.sampler(plan.seed, plan.step, own, index)
+        sampler = plan.sampler(plan.seed, plan.step, own, self._samples.index())
         # Hooks on layer outputs must not take this for the gradient of the loss.
         with torch.enable_grad(), marked():
             sample = sample_gradients(terms, self.params, sampler, plan.fraction)

@@ -11,6 +11,14 @@ the B g*g of Liu et al., arXiv:2305.14342, algorithm 2; in this form the factor 
 and masked positions, ragged batches, class weights, sums and several losses come out right. The
 draw goes in as a gradient with respect to the logits, so one backward through a graph that exists
 is all it costs.
+
+Where the likelihood is not known (a declared loss of any form, or one of which several inputs
+depend on the parameters) there is no root of H either. With random signs r the product of two
+gradients takes the place of the square,
+
+    (J^T r) * (J^T H r)                                 of expectation diag G.
+
+It takes a second backward, and single estimates may be negative.
 """
 
 import math
@@ -21,6 +29,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lightning_curvature import vectors
 from lightning_curvature.oracle.heads import (
     Arguments,
     BoundLoss,
@@ -37,25 +46,43 @@ from lightning_curvature.oracle.record import LossTerm
 __all__ = ["Sample", "sample_gradients"]
 
 
+# Losses whose Hessian in one input is diagonal.
+_ENTRYWISE = (
+    F.l1_loss,
+    F.smooth_l1_loss,
+    F.huber_loss,
+    F.gaussian_nll_loss,
+    F.poisson_nll_loss,
+    F.soft_margin_loss,
+)
+
+
 class Sample(NamedTuple):
     """What one micro-batch says.
 
     Attributes:
         grads: g, one tensor per parameter; None where the loss does not depend on it.
+        partners: What ``grads`` is multiplied with instead of itself, None for itself.
         mass: Sum of the weights a_i, a 0-dim tensor.
         squared_mass: Sum of their squares per example.
     """
 
     grads: list[Tensor | None]
+    partners: list[Tensor | None] | None
     mass: Tensor
     squared_mass: Tensor
 
 
 class _Root(NamedTuple):
-    """Gradients with respect to the inputs of a loss, and the weight of each example."""
+    """Gradients with respect to the inputs of a loss, and the weight of each example.
+
+    The expectation of ``values partners^T`` is the loss's Hessian; ``partners`` is None where it
+    is the same as ``values``.
+    """
 
     values: dict[str, Tensor]
     weights: Tensor
+    partners: dict[str, Tensor] | None = None
 
     def part(self, fraction: float) -> "_Root":
         """Return that of the first examples, weighted for all."""
@@ -64,11 +91,15 @@ class _Root(NamedTuple):
         if kept == count:
             return self
         factor = count / kept
-        values = {
-            name: _first(value, kept) * math.sqrt(factor) if value.shape[:1] == (count,) else value
-            for name, value in self.values.items()
-        }
-        return _Root(values, _first(self.weights, kept) * factor)
+
+        def cut(values: dict[str, Tensor]) -> dict[str, Tensor]:
+            return {
+                name: _first(x, kept) * math.sqrt(factor) if x.shape[:1] == (count,) else x
+                for name, x in values.items()
+            }
+
+        partners = None if self.partners is None else cut(self.partners)
+        return _Root(cut(self.values), _first(self.weights, kept) * factor, partners)
 
 
 def _first(x: Tensor, count: int) -> Tensor:
@@ -93,24 +124,32 @@ def sample_gradients(
     Returns:
         The sample, None if no loss depends on the parameters.
     """
-    outputs, roots, masses, squares = [], [], [], []
+    trained = [p for p in params if p.requires_grad]
+    roots: list[_Root] = []
+    outputs: list[Tensor] = []
     for term in terms:
         root = _root(term, sampler)
         if fraction < 1:
             root = root.part(fraction)
-        masses.append(root.weights.sum())
-        squares.append(root.weights.square().sum())
-        for name, value in root.values.items():
-            output = term.loss.arguments[name]
-            outputs.append(output)
-            roots.append(value.to(output.dtype))
-    if not outputs:
+        roots.append(root)
+        outputs += [term.loss.arguments[name] for name in root.values]
+    if not (outputs and trained):
         return None
-    trained = [p for p in params if p.requires_grad]
-    found = torch.autograd.grad(outputs, trained, roots, retain_graph=True, allow_unused=True)
-    grads = dict(zip(map(id, trained), found, strict=True))
+
+    def differentiate(values: list[Tensor]) -> list[Tensor | None]:
+        vector = [x.to(output.dtype) for x, output in zip(values, outputs, strict=True)]
+        found = torch.autograd.grad(outputs, trained, vector, retain_graph=True, allow_unused=True)
+        grads = dict(zip(map(id, trained), found, strict=True))
+        return [grads.get(id(p)) for p in params]
+
+    partners = None
+    if any(root.partners is not None for root in roots):
+        partners = differentiate([x for r in roots for x in (r.partners or r.values).values()])
     return Sample(
-        [grads.get(id(p)) for p in params], torch.stack(masses).sum(), torch.stack(squares).sum()
+        differentiate([x for root in roots for x in root.values.values()]),
+        partners,
+        torch.stack([root.weights.sum() for root in roots]).sum(),
+        torch.stack([root.weights.square().sum() for root in roots]).sum(),
     )
 
 
@@ -136,7 +175,7 @@ def _root(term: LossTerm, sampler: LabelSampler) -> _Root:
             scale = (z * (1 - z)).clamp_min(1e-12)
             value = weights.sqrt() * (z - sampler.bernoulli(z, term.index)) / scale
             return _Root({"input": value}, _per_example(weights))
-    if loss.function is F.mse_loss:
+    if loss.function is F.mse_loss and set(loss.inputs) <= {"input", "target"}:
         return _mse_root(loss, coefficient, sampler, term.index)
     return _generic_root(loss, coefficient, sampler, term.index)
 
@@ -170,39 +209,57 @@ def _mse_root(loss: BoundLoss, coefficient: Tensor, sampler: LabelSampler, call:
     value = (2 * weights).sqrt() * noise
     signs = {"input": 1.0, "target": -1.0}
     values = {
-        name: (signs[name] * value).sum_to_size(loss.arguments[name].shape)
-        for name in loss.inputs
-        if name in signs
+        name: (signs[name] * value).sum_to_size(loss.arguments[name].shape) for name in loss.inputs
     }
     return _Root(values, _per_example(weights))
 
 
 def _generic_root(loss: BoundLoss, coefficient: Tensor, sampler: LabelSampler, call: int) -> _Root:
-    """Use the root of the loss's own second derivative, with random signs.
+    """Use the loss's own second derivative, with random signs.
 
-    It is exact for losses that act on every entry by itself, as those of torch do; curvature below
-    zero counts as zero.
+    Where it acts on every entry by itself a root is known, and curvature below zero counts as zero.
     """
-    with torch.enable_grad():
+    signs, products = _random_product(loss, coefficient, sampler, call)
+    size = coefficient.new_tensor(loss.values()[0].numel())
+    mean = loss.arguments.get("reduction", "mean") == "mean"
+    weights = coefficient.abs() / (size.clamp_min(1.0) if mean else 1.0)
+    if weights.dim() == 0:
+        weights = weights.expand(signs[0].shape)
+    weights = _per_example(weights)
+    names = loss.inputs
+    if loss.function in _ENTRYWISE and len(names) == 1:
+        (r,), (product,) = signs, products
+        return _Root({names[0]: r * (r * product).clamp_min(0.0).sqrt()}, weights)
+    # Both of one size, so that what belongs to different losses does not add variance.
+    scale = (vectors.norm(products) / vectors.norm(signs)).sqrt()
+    scale = torch.where(scale > 0, scale, torch.ones_like(scale))
+    values = {name: r * scale for name, r in zip(names, signs, strict=True)}
+    partners = {name: product / scale for name, product in zip(names, products, strict=True)}
+    return _Root(values, weights, partners)
+
+
+def _random_product(
+    loss: BoundLoss, coefficient: Tensor, sampler: LabelSampler, call: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return random signs for the inputs of a loss, and the product of its Hessian with them."""
+    # Nobody who captures the losses of this pass may see this call.
+    with torch.enable_grad(), torch._C.DisableTorchFunction():
         leaves = [at_least_float32(z).clone().requires_grad_() for z in loss.values()]
+        inputs = zip(leaves, loss.inputs, strict=True)
+        signs = [sampler.signs(z.detach(), call, name) for z, name in inputs]
         total = (coefficient * loss(leaves)).sum()
         grads: Sequence[Tensor | None] = torch.autograd.grad(
             total, leaves, create_graph=True, allow_unused=True
         )
-        values = {}
-        for number, (name, leaf, grad) in enumerate(zip(loss.inputs, leaves, grads, strict=True)):
-            value = torch.zeros_like(leaf)
-            if grad is not None and grad.requires_grad:
-                signs = sampler.signs(leaf.detach(), call + number)
-                (product,) = torch.autograd.grad(
-                    (grad * signs).sum(), leaf, retain_graph=True, materialize_grads=True
-                )
-                value = signs * (signs * product).clamp_min(0.0).sqrt()
-            values[name] = value.detach()
-    shape = leaves[0].shape
-    size = leaves[0].numel() if loss.arguments.get("reduction", "mean") == "mean" else 1
-    weights = (coefficient / max(size, 1)).abs().expand(shape)
-    return _Root(values, _per_example(weights))
+        slopes = [
+            (g * r).sum()
+            for g, r in zip(grads, signs, strict=True)
+            if g is not None and g.requires_grad
+        ]
+        if not slopes:  # piecewise linear, such as the absolute error
+            return signs, [torch.zeros_like(r) for r in signs]
+        products = torch.autograd.grad(torch.stack(slopes).sum(), leaves, materialize_grads=True)
+    return signs, [product.detach() for product in products]
 
 
 def _per_example(weights: Tensor) -> Tensor:

@@ -1,10 +1,12 @@
 """Products of the Hessian with probes over the micro-batches of a window."""
 
 from collections.abc import Sequence
+from weakref import ref
 
 import torch
 from torch import Tensor
 
+from lightning_curvature import vectors
 from lightning_curvature.oracle.plans import ProbePlan
 from lightning_curvature.oracle.record import PassRecord
 
@@ -51,33 +53,52 @@ class WindowProducts:
     def __init__(self, params: Sequence[Tensor], plan: ProbePlan) -> None:
         self.params = list(params)
         self.probes = [plan.draw(self.params, index) for index in range(plan.num_probes)]
-        self._waiting: list[tuple[PassRecord, list[_Vector]]] = []
+        self._waiting: list[tuple[ref[PassRecord], list[_Vector]]] = []
+        self._forget_sums()
+
+    def _forget_sums(self) -> None:
         self._sums: list[_Vector] = [[None] * len(self.params) for _ in self.probes]
 
     def add(self, record: PassRecord, products: list[_Vector]) -> None:
         """Add the products of a micro-batch, one vector per probe."""
         self.fold()
-        self._waiting.append((record, products))
+        # A loss that is only looked at takes its record along, and with it these go.
+        self._waiting.append((ref(record), products))
 
     @torch.no_grad()
     def fold(self) -> None:
         """Add up what belongs to micro-batches whose weight in the step is known by now."""
-        finished = [(r, found) for r, found in self._waiting if r.loss is not None]
-        self._waiting = [(r, found) for r, found in self._waiting if r.loss is None]
-        for record, products in finished:
+        waiting, self._waiting = self._waiting, []
+        for found, products in waiting:
+            record = found()
+            if record is None:
+                continue
+            if record.loss is None:
+                self._waiting.append((found, products))
+                continue
             for sums, product in zip(self._sums, products, strict=True):
                 for i, part in enumerate(product):
                     if part is None:
                         continue
-                    # The product is ours: no copies.
-                    weighted = part if _is_one(record.weight) else part.mul_(record.weight)
+                    # Not in place: parameters that are added up share one product.
+                    weighted = part if _is_one(record.weight) else part * record.weight
                     total = sums[i]
-                    sums[i] = weighted if total is None else total.add_(weighted)
+                    sums[i] = weighted if total is None else total + weighted
 
-    def drop_finished(self) -> None:
-        """Forget the micro-batches whose gradient is gone."""
-        self._waiting = [(r, found) for r, found in self._waiting if r.loss is None]
-        self._sums = [[None] * len(self.params) for _ in self.probes]
+    def drop_finished(self, kept: Sequence[PassRecord]) -> None:
+        """Forget the micro-batches whose gradient is gone.
+
+        Args:
+            kept: Those whose gradient is not.
+        """
+        self._waiting = [
+            (found, products)
+            for found, products in self._waiting
+            for record in [found()]
+            if record is not None
+            and (record.loss is None or any(record is other for other in kept))
+        ]
+        self._forget_sums()
 
     def of(self, active: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Return every probe and its product, restricted to some parameters.
@@ -89,10 +110,19 @@ class WindowProducts:
         places = {id(p): i for i, p in enumerate(self.params)}
         pairs = []
         for probe, sums in zip(self.probes, self._sums, strict=True):
-            chosen = [(probe[places[id(p)]], sums[places[id(p)]]) for p in active]
-            z = [x for x, _ in chosen]
-            pairs.append((z, [torch.zeros_like(x) if h is None else h for x, h in chosen]))
+            z, products = [], []
+            for p in active:
+                # What was frozen meanwhile may have an old gradient.
+                i = places.get(id(p))
+                z.append(_zeros(p) if i is None else probe[i])
+                product = None if i is None else sums[i]
+                products.append(_zeros(p) if product is None else product)
+            pairs.append((z, products))
         return pairs
+
+
+def _zeros(p: Tensor) -> Tensor:
+    return torch.zeros_like(p, dtype=vectors.scalar_dtype([p]))
 
 
 def _is_one(weight: float | Tensor) -> bool:

@@ -30,6 +30,6 @@ class ContentSampler(LabelSampler):
         """Draw +1 and -1, which have the mean and the variance of standard normal noise."""
         return torch.where(self._uniform(mean) < 0.5, -1.0, 1.0).to(mean.dtype)
 
-    def signs(self, like: Tensor, call: int) -> Tensor:
+    def signs(self, like: Tensor, call: int, name: str) -> Tensor:
         """Draw +1 and -1."""
         return self.normal(like, call)

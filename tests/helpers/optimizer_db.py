@@ -22,6 +22,7 @@ class Contract:
         info: Its row in the registry.
         options: Arguments under which it must train the small problems, and under which it asks
             its oracle often enough for them.
+        steep: Arguments for problems whose curvature is a thousand times that of a network.
         quiet: Arguments that postpone everything it may read from the device now and then.
         exact: Arguments under which a batch may be cut in micro-batches and dealt out to ranks
             without changing the steps.
@@ -33,6 +34,7 @@ class Contract:
 
     info: OptimizerInfo
     options: dict[str, Any] = field(default_factory=dict)
+    steep: dict[str, Any] = field(default_factory=dict)
     quiet: dict[str, Any] = field(default_factory=dict)
     exact: dict[str, Any] = field(default_factory=dict)
     sampler: type | None = None
@@ -43,6 +45,11 @@ class Contract:
     def runs_again(self) -> bool:
         """Whether it asks for extra passes; what others ask is found in the main passes."""
         return not self.info.asks.isdisjoint({"loss", "directional"})
+
+    @property
+    def records(self) -> bool:
+        """Whether it needs its batches recorded; layers are watched without."""
+        return not self.info.asks <= {"layers"}
 
     @property
     def needs_known_loss(self) -> bool:
@@ -116,15 +123,17 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "quiet": {"max_failures": NEVER},
     },
     "betaftrl": {
-        "options": {"lr": 0.03, "betas": (0.5, 0.9)},
+        "options": {"lr": 0.05, "betas": (0.5, 0.9), "scale": "adam"},
         "quiet": {"max_failures": NEVER},
     },
     "adafisher": {
         "options": {"factor_update_interval": PERIOD},
+        "steep": {"lr": 0.003, "damping": 0.03},
         "quiet": {"max_failures": NEVER},
     },
     "adafisherw": {
         "options": {"factor_update_interval": PERIOD},
+        "steep": {"lr": 0.003, "damping": 0.03},
         "quiet": {"max_failures": NEVER},
     },
     "adahessian": {

@@ -167,8 +167,8 @@ def test_no_oracle(contract: Contract) -> None:
 @every_optimizer
 def test_a_closure_once_and_never_again(contract: Contract) -> None:
     """What a bare closure attached needs one in every step that asks."""
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if not contract.records:
+        pytest.skip("records nothing")
     model = network()
     optimizer = contract.make(model.parameters())
     (x, y), *_ = classification(1)
@@ -258,8 +258,8 @@ def test_unknown_method(contract: Contract) -> None:
 
 @every_optimizer
 def test_another_output_than_the_models_last(contract: Contract) -> None:
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if not contract.records:
+        pytest.skip("records nothing")
     loop = Loop(network(), contract.make)
     x, y = classification(1)[0]
     text = (
@@ -273,8 +273,8 @@ def test_another_output_than_the_models_last(contract: Contract) -> None:
 
 @every_optimizer
 def test_a_changed_batch(contract: Contract) -> None:
-    if not contract.info.asks:
-        pytest.skip("asks nothing")
+    if not contract.records:
+        pytest.skip("records nothing")
     loop = Loop(network(), contract.make)
     x, y = classification(1)[0]
     output = loop.model(x)

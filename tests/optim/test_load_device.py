@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.oracle import Oracle
@@ -73,13 +73,15 @@ class Constant(Oracle):
 
     Args:
         device: The device.
+        module: Module on it.
     """
 
-    capabilities = frozenset({"loss", "directional", "hvp", "sampled"})
+    capabilities = frozenset({"loss", "directional", "hvp", "sampled", "layers"})
     ready = True
 
-    def __init__(self, device: str) -> None:
+    def __init__(self, device: str, module: nn.Module) -> None:
         super().__init__()
+        self.module = module
         self._one = torch.ones((), device=device)
         self._params: list[Tensor] = []
 
@@ -154,13 +156,14 @@ def test_load_on_the_meta_device_and_step(
     monkeypatch.setattr("lightning_curvature.curvature.diagonal.stream", lambda *_: None)
     loop = trained_on_cpu(contract, chosen, dtype)
     before = copy.deepcopy(loop.optimizer.state_dict())
-    optimizer = contract.make(network(dtype=dtype).to("meta").parameters())
+    there = network(dtype=dtype).to("meta")
+    optimizer = contract.make(there.parameters())
     optimizer.load_state_dict(before)
     moved, saved = state_tensors(optimizer), state_tensors(loop.optimizer)
     assert {n: t.dtype for n, t in moved.items()} == {n: t.dtype for n, t in saved.items()}
     assert elsewhere(moved, "meta") == {}
     if contract.info.asks:
-        optimizer.attach(Constant("meta"))
+        optimizer.attach(Constant("meta", there))
     with Strays() as strays:
         for _ in range(2 * STEPS):
             for group in optimizer.param_groups:
