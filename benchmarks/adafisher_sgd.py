@@ -304,7 +304,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
-    images = digits() if args.data is None else _fashion_mnist(args.data, args.images)
+    try:
+        images = digits() if args.data is None else _fashion_mnist(args.data, args.images)
+    except FileNotFoundError as error:
+        parser.error(str(error))
     runs = f"{images.name}, batch {args.batch}, mean of {len(args.seeds)} seeds"
 
     rows, measurements = _beside_sgd(images, args)

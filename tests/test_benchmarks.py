@@ -16,7 +16,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "char_lm")
+SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "char_lm", "adafisher_sgd")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
 
@@ -224,6 +224,30 @@ def test_char_lm(
 
 
 # Their parts
+
+
+@pytest.mark.parametrize("data", ["digits", "fashion"])
+def test_adafisher_sgd(
+    data: str,
+    load_script: Callable[[str], ModuleType],
+    fashion_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--csv", str(tmp_path / "out.csv"), "--seeds", "0", "--interval", "2"]
+    arguments += ["--batch", "16", "--start", "8", "--span", "4", "--steps", "4"]
+    if data == "fashion":
+        arguments += ["--data", str(fashion_folder), "--images", "20"]
+    load_script("adafisher_sgd").main(arguments)
+    assert "### 4 steps beside momentum SGD, from step 8 on" in capsys.readouterr().out
+    found = {
+        (row["optimizer"], row["metric"]): float(row["value"])
+        for row in rows_of(tmp_path / "out.csv")
+    }
+    assert found["AdaFisher, reference", "cosine"] > 0.999
+    assert found["AdaFisher, corrected", "cosine"] < 0.999
+    assert 0.05 < found["SGD, lr 7 % smaller (reference)", "distance / travel"] < 0.09
+    assert {"SGD, lr 0.1", "SGD, lr 0.03"} < {name for name, _ in found}
 
 
 def test_char_lm_limits(load_script: Callable[[str], ModuleType]) -> None:

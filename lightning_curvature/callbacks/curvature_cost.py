@@ -18,8 +18,10 @@ __all__ = ["CurvatureCost"]
 _ANSWERS = ("observe", "loss", "directional", "hvp", "products", "gradient", "sampled_squares")
 # Questions that are answered by these methods and nowhere else.
 _TIMED = frozenset({"loss", "directional", "hvp", "sampled"})
-# Steps that medians and sums run over, and those that tell how often a step asks.
+# Steps that ask that medians and sums run over, the steps around each that it is compared with, and
+# the steps that tell how often one asks.
 _WINDOW = 64
+_NEIGHBORS = 9
 _SHARE_WINDOW = 1000
 # Fewer steps of a kind say nothing.
 _LEAST = 5
@@ -74,8 +76,9 @@ class CurvatureCost:
 
     Two ways, the first that is possible:
 
-    1. Some steps ask the oracle, some do not: the difference of their median times, times the
-       share of the steps that ask.
+    1. Some steps ask the oracle, some do not: each of the former is compared with the median of the
+       latter just before it, since a machine may be slower later on. The median of these
+       differences counts, times the share of the steps that ask.
     2. Every step asks: the time spent in the oracle's answers, against the rest of the step. It
        leaves out what recording the main pass costs.
 
@@ -90,7 +93,8 @@ class CurvatureCost:
         self._shadowed: list[tuple[Oracle, str]] = []
         self._pending: deque[_Step] = deque(maxlen=_PENDING)
         self._asked: deque[float] = deque(maxlen=_WINDOW)
-        self._plain: deque[float] = deque(maxlen=_WINDOW)
+        self._plain: deque[float] = deque(maxlen=_NEIGHBORS)
+        self._extra: deque[float] = deque(maxlen=_WINDOW)
         self._in_answers: deque[float] = deque(maxlen=_WINDOW)
         self._kinds: deque[bool] = deque(maxlen=_SHARE_WINDOW)
         self._step: _Step | None = None
@@ -164,10 +168,9 @@ class CurvatureCost:
         To be called where the device was waited for anyway.
         """
         self._read()
-        if len(self._asked) >= _LEAST and len(self._plain) >= _LEAST:
-            plain = statistics.median(self._plain)
+        if len(self._extra) >= _LEAST:
             share = sum(self._kinds) / len(self._kinds)
-            return 100 * share * (statistics.median(self._asked) / plain - 1)
+            return 100 * share * statistics.median(self._extra)
         timed = all(optimizer.asks <= _TIMED for optimizer in self._asking)
         if timed and all(self._kinds) and len(self._asked) >= _LEAST:
             answers = sum(self._in_answers)
@@ -184,6 +187,8 @@ class CurvatureCost:
             self._pending.popleft()
             self._kinds.append(step.asks)
             if step.asks:
+                if len(self._plain) >= _LEAST:
+                    self._extra.append(seconds / statistics.median(self._plain) - 1)
                 self._asked.append(seconds)
                 self._in_answers.append(answers)
             else:

@@ -62,8 +62,8 @@ class CurvatureMonitor(Callback):
     damping, reduction ratio, win rate, norms, drift and cost that has values. It is written by rank
     zero when fit ends, also when it ends with an exception.
 
-    Cost of curvature: the median time of the steps that ask the oracle against that of the others,
-    times the share of the former, over the last steps. Where every step asks it is the time spent
+    Cost of curvature: the time of the steps that ask the oracle against that of the others around
+    them, by medians, times the share of the former. Where every step asks it is the time spent
     inside the oracle, against the rest of the step. There is no number where neither can be told:
     an optimizer that never asks, or a device without a clock of its own (other than CPU and CUDA).
 
@@ -230,7 +230,7 @@ class CurvatureMonitor(Callback):
         cost = self._cost.percent() if self._cost is not None else None
         if cost is not None:
             values["cost_percent"] = cost
-        self._history.append(trainer.global_step, values | of_layers)
+        self._history.append(trainer.global_step, values)
         metrics = {f"curvature/{name}": value for name, value in (values | of_layers).items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)

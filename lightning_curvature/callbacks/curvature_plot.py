@@ -24,6 +24,8 @@ _THRESHOLDS = (0.25, 0.75)
 _RATIO_VIEW = (-1.0, 2.5)
 # From this many points on, single steps are drawn pale under their running median.
 _MANY = 100
+# Largest over smallest value, up to which a logarithmic scale has plain numbers.
+_NARROW = 100
 # The running median is over this share of the run.
 _MEDIAN_SHARE = 1 / 20
 
@@ -58,7 +60,7 @@ _PANELS = (
     _Panel("win rate", ("win_rate",), view=(-0.03, 1.03)),
     _Panel("norms", ("*_norm",), "positive"),
     _Panel("curvature drift", ("curvature_drift",), "positive", dots=True),
-    _Panel("cost of curvature (% of a step)", ("cost_percent",)),
+    _Panel("cost (% of a step)", ("cost_percent",)),
 )
 
 
@@ -146,12 +148,23 @@ def _draw(ax: "Axes", history: History, panel: _Panel) -> None:
     shown = [value for values in series.values() for value in values if not math.isnan(value)]
     if panel.scale != "linear" and shown and min(shown) > 0:
         ax.set_yscale("log")
+        if max(shown) < _NARROW * min(shown):
+            _number_plainly(ax)
     if shown and panel.view is not None:
         low, high = panel.view
         bottom, top = ax.get_ylim()
         ax.set_ylim(max(bottom, low), min(top, high))
     if len(series) > 1:
         ax.legend(fontsize="x-small", loc="best")
+
+
+def _number_plainly(ax: "Axes") -> None:
+    """Label a logarithmic axis with 1, 2, 5, ...: powers of ten are too few for it."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+
+    ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ax.yaxis.set_minor_formatter(NullFormatter())
 
 
 def _draw_series(

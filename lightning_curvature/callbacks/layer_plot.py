@@ -19,7 +19,7 @@ _TITLES = {"activation": "activation", "output_grad": "output gradient"}
 # Longer names of layers lose their beginning.
 _NAME_LENGTH = 28
 # Inches: what a layer takes, within limits, and what goes around a map.
-_ROW, _LEAST, _MOST, _AROUND = 0.22, 1.2, 9.0, 0.7
+_ROW, _LEAST, _MOST, _AROUND = 0.18, 1.5, 9.0, 0.7
 
 
 # Largest over smallest value, up to which a scale has plain numbers.
@@ -28,7 +28,7 @@ _NARROW = 100
 
 @dataclass(frozen=True)
 class _Map:
-    """One row of heat maps: a statistic of activations on the left, of gradients on the right."""
+    """One column of heat maps: a statistic of activations, and the same of output gradients."""
 
     statistic: str
     label: str
@@ -45,7 +45,7 @@ _MAPS = (
 def plot_layers(history: Mapping[str, Sequence[float]]) -> "tuple[Figure, list[Axes]]":
     """Draw heat maps over layers and optimizer steps: norm, dead fraction, effective rank.
 
-    The left ones are of activations, the right ones of output gradients. Gray is where nothing was
+    The upper ones are of activations, the lower ones of output gradients. Gray is where nothing was
     measured, or a zero on a logarithmic scale.
 
     Args:
@@ -67,16 +67,18 @@ def plot_layers(history: Mapping[str, Sequence[float]]) -> "tuple[Figure, list[A
     require_matplotlib("LayerStatistics")
     from matplotlib.figure import Figure
 
-    layers = list(dict.fromkeys(name.partition("/")[2] for name in history if "/" in name))
+    # In the order of the model: every layer has an output gradient, not every one an activation.
+    names = sorted((name for name in history if "/" in name), key=lambda n: n.startswith(SIDES[0]))
+    layers = list(dict.fromkeys(name.partition("/")[2] for name in names))
     if "step" not in history or not layers:
         raise ValueError(
             f"Invalid history: must have the key 'step' and layers, got {sorted(history)}."
         )
-    height = min(max(_ROW * len(layers), _LEAST), _MOST) + _AROUND
-    figure = Figure(figsize=(12.0, len(_MAPS) * height), layout="constrained")
-    grid = figure.subplots(len(_MAPS), len(SIDES), sharex=True, sharey=True, squeeze=False)
-    for row, what in zip(grid, _MAPS, strict=True):
-        for ax, side in zip(row, SIDES, strict=True):
+    height = min(max(_ROW * len(layers), _LEAST), _MOST)
+    figure = Figure(figsize=(15.0, len(SIDES) * (height + _AROUND)), layout="constrained")
+    grid = figure.subplots(len(SIDES), len(_MAPS), sharex=True, sharey=True, squeeze=False)
+    for row, side in zip(grid, SIDES, strict=True):
+        for ax, what in zip(row, _MAPS, strict=True):
             _draw(ax, history, layers, f"{side}_{what.statistic}", what)
             ax.set_title(f"{_TITLES[side]}: {what.label}", fontsize="medium")
     for ax in grid[-1]:
@@ -116,7 +118,7 @@ def _draw(
         cmap="Reds" if what.scale == "share" else "viridis",
         rasterized=True,
     )
-    bar = ax.figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.01)
+    bar = ax.figure.colorbar(mesh, ax=ax, fraction=0.05, pad=0.01, aspect=6 + 1.2 * len(layers))
     if what.scale == "log" and norm is not None and norm.vmax < _NARROW * norm.vmin:
         # Within two decades powers of ten say less than plain numbers.
         ticks = [digit * 10.0**power for power in range(-40, 40) for digit in (1, 2, 5)]

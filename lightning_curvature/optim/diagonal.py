@@ -232,5 +232,7 @@ class DiagonalOptimizer(CurvatureOptimizer):
 def _squared_norm(grads: list[Tensor]) -> Tensor:
     if not any(hasattr(grad, "full_tensor") for grad in grads):
         return vectors.dot(grads, grads)
-    norms = torch._foreach_norm(grads, 2, dtype=vectors.scalar_dtype(grads))
+    # Sharded tensors take no dtype here.
+    dtype = vectors.scalar_dtype(grads)
+    norms = torch._foreach_norm([grad.to(dtype) for grad in grads])
     return torch.stack(whole_norms(list(norms))).square().sum()

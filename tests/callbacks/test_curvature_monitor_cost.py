@@ -92,6 +92,19 @@ def test_percent(clock: Clock, interval: int, expected: float, micro_batches: in
     assert run(clock, optimizer, steps, micro_batches) == pytest.approx(expected)
 
 
+def test_a_machine_that_slows_down(clock: Clock) -> None:
+    """Each step is compared with those before it: later ones take 20 times as long."""
+    optimizer = FakeOptimizer(clock, 4)
+    cost = CurvatureCost([optimizer], torch.device("cpu"))
+    for number in range(400):
+        slow = 20.0 if number >= 200 else 1.0
+        cost.batch_starts()
+        clock.work(slow * (1.5 if optimizer.wants_record() else 1.0))
+        optimizer.steps += 1
+        cost.batch_ends(stepped=True)
+    assert cost.percent() == pytest.approx(0.25 * 50, rel=0.02)
+
+
 def test_answers_within_answers_count_once(clock: Clock) -> None:
     assert run(clock, FakeOptimizer(clock, 1), question="hvp") == pytest.approx(80.0)
 
@@ -101,7 +114,7 @@ def test_no_number_where_none_can_be_told(clock: Clock) -> None:
     assert run(clock, FakeOptimizer(clock, 2, asks="layers")) == pytest.approx(20.0, rel=0.1)
     assert run(clock, FakeOptimizer(clock, 10**9)) is None  # asked in the first step only
     assert run(clock, FakeOptimizer(clock, 1), steps=4) is None
-    assert run(clock, FakeOptimizer(clock, 4), steps=12) is None
+    assert run(clock, FakeOptimizer(clock, 4), steps=24) is None
 
 
 def test_an_optimizer_that_never_asks(clock: Clock) -> None:

@@ -71,7 +71,7 @@ def test_every_kind_of_value_has_its_panel() -> None:
         "win rate",
         "norms",
         "curvature drift",
-        "cost of curvature (% of a step)",
+        "cost (% of a step)",
     ]
     assert [line.get_label() for line in axes[1].get_lines()] == [
         "grad_norm",
@@ -99,3 +99,11 @@ def test_long_runs_get_a_running_median() -> None:
     assert len(smooth.get_ydata()) == 400
     assert smooth.get_ydata().max() <= 3.0
     assert smooth.get_label() == "loss"
+
+
+def test_a_narrow_scale_has_plain_numbers() -> None:
+    figure, (panel,) = plot_history({"step": [1, 2], "loss": [4.1, 1.9]})
+    figure.canvas.draw()
+    labels = [label.get_text() for label in panel.get_yticklabels()]
+    assert "2" in labels
+    assert not any("10" in label and "^" in label for label in labels)

@@ -184,7 +184,7 @@ def test_no_matrix_is_larger_than_the_rows(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_rows_are_limited_and_spread() -> None:
     """Rows are unit vectors of their position: a sample of few positions has a small rank."""
-    positions, examples, limit = 8, 1000, 64
+    positions, examples, limit = 8, 128, 64
     layer = nn.Conv1d(positions, 2, 1).double()
     x = torch.eye(positions, dtype=torch.float64).expand(examples, -1, -1)
     moments = LayerMoments({"x": layer}, max_rows=limit)
@@ -192,7 +192,8 @@ def test_rows_are_limited_and_spread() -> None:
     (part, _) = moments._parts.values()
     assert sum(len(rows) for rows in part.rows) == limit
     found = moments.statistics(moments.packed(HEADER)[None])
-    assert found["activation_effective_rank"]["x"] > 0.9 * positions
+    # Not the same position of every example, though their number is a multiple of the limit.
+    assert found["activation_effective_rank"]["x"] > 0.8 * positions
 
 
 def test_micro_batches_share_the_rows() -> None:

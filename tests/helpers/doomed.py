@@ -56,7 +56,7 @@ class Doomed(LightningModule):
         self.network = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 4))
         self.info = lc.get_optimizer_info(optimizer)
         self.how, self.rank, self.stall = how, rank, stall
-        self.where = where if self.info.asks else "main"
+        self.where = where if "directional" in self.info.asks else "main"
         self.batch_idx = -1
         self.extra = 0
 

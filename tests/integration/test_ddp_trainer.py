@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch import LightningModule
 
-from tests.helpers.families import every_family
+from tests.helpers.families import LEADER, every_family
 from tests.helpers.modules import MakeOptimizer, images
-from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer
+from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.probing import Probe
 from tests.helpers.rank_callbacks import Trace, Weights
 from tests.helpers.rank_modules import (
@@ -148,8 +148,8 @@ def test_no_trace(contract: Contract, route: str, accumulate: int, ranks: RankPo
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 def test_no_trace_while_weights_move(route: str, directional: str, ranks: RankPool) -> None:
     settings = {**TRACED, "route": route, "directional": directional, "callbacks": [Trace()]}
-    asked = ranks.run(fit, CONTRACTS[0], asking, **settings)
-    silent = ranks.run(fit, CONTRACTS[0], not_asking, **settings)
+    asked = ranks.run(fit, LEADER, asking, **settings)
+    silent = ranks.run(fit, LEADER, not_asking, **settings)
     for ours, theirs in zip(asked, silent, strict=True):
         assert unlike(ours.seen, theirs.seen) == []
         assert unlike(ours.buffers, theirs.buffers) == []

@@ -16,8 +16,8 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.families import every_family
-from tests.helpers.optimizer_db import CONTRACTS, Contract
+from tests.helpers.families import LEADER, contract_of, every_family
+from tests.helpers.optimizer_db import Contract
 
 pytestmark = pytest.mark.ddp
 
@@ -32,6 +32,7 @@ STATUS = {"kill": -signal.SIGKILL, "exit": 3, "raise": 1, "stall": 1, "interrupt
 OWN_ERRORS = {"raise": "KeyError", "interrupt": "SystemExit", "none": "RuntimeError"}
 
 EVERYONES = ["kill:directional:1", "kill:loss:0", "raise:loss:1", "none:main:1"]
+NOTHING = "nothing:main:0"
 STALL = "stall:directional:1"
 MORE = [
     "kill:main:0",
@@ -130,22 +131,28 @@ def _ran(factory: pytest.TempPathFactory, scenarios: list[str]) -> Look:
     return look
 
 
-@pytest.fixture(scope="module")
-def drill(tmp_path_factory: pytest.TempPathFactory) -> Look:
-    """Run what every optimizer goes through, in one process that forks."""
-    names = [contract.info.name for contract in CONTRACTS]
-    scenarios = [
-        f"apart:{name}:{rest}" for name in names for rest in ["nothing:main:0", *EVERYONES]
-    ]
-    more = [f"apart:{names[0]}:{STALL}", f"fork:{names[0]}:kill:loss:1"]
-    return _ran(tmp_path_factory, [*scenarios, *more])
+def _asked(request: pytest.FixtureRequest) -> list[str]:
+    """List the scenarios of those tests of the session that use the fixture."""
+    found = []
+    for item in request.session.items:
+        contract = contract_of(item)
+        if contract is not None and request.fixturename in getattr(item, "fixturenames", ()):
+            fate = item.callspec.params.get("fate", NOTHING)
+            found.append(f"apart:{contract.info.name}:{fate}")
+    return found
 
 
 @pytest.fixture(scope="module")
-def long_drill(tmp_path_factory: pytest.TempPathFactory) -> Look:
+def drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Look:
+    """Run what every family goes through, in one process that forks."""
+    more = [f"apart:{LEADER.info.name}:{STALL}", f"fork:{LEADER.info.name}:kill:loss:1"]
+    return _ran(tmp_path_factory, [*_asked(request), *more])
+
+
+@pytest.fixture(scope="module")
+def long_drill(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Look:
     """Run the others."""
-    names = [contract.info.name for contract in CONTRACTS]
-    return _ran(tmp_path_factory, [f"apart:{name}:{rest}" for name in names for rest in MORE])
+    return _ran(tmp_path_factory, _asked(request))
 
 
 def assert_ended(outcome: dict[str, Any], fate: str) -> None:
@@ -170,7 +177,7 @@ def assert_ended(outcome: dict[str, Any], fate: str) -> None:
 @every_family
 def test_without_a_fault(contract: Contract, drill: Look) -> None:
     """The script itself is sound."""
-    outcome = drill(f"apart:{contract.info.name}:nothing:main:0")
+    outcome = drill(f"apart:{contract.info.name}:{NOTHING}")
     assert [end["code"] for end in outcome["ends"]] == [0, 0]
 
 
@@ -187,7 +194,7 @@ def test_one_rank_is_lost(contract: Contract, fate: str, drill: Look) -> None:
 
 def test_one_rank_hangs(drill: Look) -> None:
     """The other rank ends with a timeout, which does not depend on the optimizer."""
-    assert_ended(drill(f"apart:{CONTRACTS[0].info.name}:{STALL}"), STALL)
+    assert_ended(drill(f"apart:{LEADER.info.name}:{STALL}"), STALL)
 
 
 @pytest.mark.slow
@@ -200,7 +207,7 @@ def test_one_rank_is_lost_anywhere(contract: Contract, fate: str, long_drill: Lo
 
 def test_launcher_that_forks(drill: Look) -> None:
     """Lightning's launcher ends with an error that says what happened."""
-    scenario = f"fork:{CONTRACTS[0].info.name}:kill:loss:1"
+    scenario = f"fork:{LEADER.info.name}:kill:loss:1"
     outcome = drill(scenario)
     (end,) = outcome["ends"]
     assert outcome["children"] == 0
@@ -209,9 +216,9 @@ def test_launcher_that_forks(drill: Look) -> None:
     assert outcome["seconds"] < MARGIN
 
 
-def launched(folder: Path, fate: str, contract: Contract = CONTRACTS[0]) -> Ended:
+def launched(folder: Path, fate: str) -> Ended:
     """Run a scenario under Lightning's usual launcher."""
-    return run(folder, TIMEOUT_WITH_IMPORTS, f"popen:{contract.info.name}:{fate}")
+    return run(folder, TIMEOUT_WITH_IMPORTS, f"popen:{LEADER.info.name}:{fate}")
 
 
 @pytest.mark.slow

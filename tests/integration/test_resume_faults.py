@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 
-from tests.helpers.families import every_family
+from tests.helpers.families import LEADER, every_family
 from tests.helpers.optimizer_db import CONTRACTS, Contract, identical
 from tests.helpers.probing import ROUTES
 from tests.helpers.ranks import RankPool
@@ -210,4 +210,4 @@ def test_a_file_that_is_no_checkpoint(contract: Contract, content: bytes, tmp_pa
 def test_a_missing_file_is_called_missing(tmp_path: Path) -> None:
     """Not damaged."""
     with pytest.raises(FileNotFoundError):
-        run(CONTRACTS[0], {}, route="strategy", ckpt_path=tmp_path / "none.ckpt")
+        run(LEADER, {}, route="strategy", ckpt_path=tmp_path / "none.ckpt")

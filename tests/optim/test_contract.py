@@ -191,7 +191,9 @@ def test_an_unused_parameter_stays(contract: Contract) -> None:
     plain = Loop(network(), contract.make)
     loop = Loop(WithUnused(), contract.make)
     batches = classification(3)
-    assert loop.train(batches) == plain.train(batches)
+    losses = loop.train(batches)
+    if "hvp" not in contract.info.asks:  # probes are drawn for all parameters, in their order
+        assert losses == plain.train(batches)
     assert torch.equal(loop.model.unused, torch.ones(2, dtype=torch.float64))
 
 
