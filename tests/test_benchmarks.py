@@ -244,8 +244,8 @@ def test_adafisher_sgd(
         (row["optimizer"], row["metric"]): float(row["value"])
         for row in rows_of(tmp_path / "out.csv")
     }
-    assert found["AdaFisher, reference", "cosine"] > 0.999
-    assert found["AdaFisher, corrected", "cosine"] < 0.999
+    assert found["AdaFisher, reference", "cosine"] > 0.95
+    assert found["AdaFisher, corrected", "cosine"] < found["AdaFisher, reference", "cosine"]
     assert 0.05 < found["SGD, lr 7 % smaller (reference)", "distance / travel"] < 0.09
     assert {"SGD, lr 0.1", "SGD, lr 0.03"} < {name for name, _ in found}
 

@@ -246,7 +246,7 @@ class LayerStatistics(Callback):
         self._grad_factor = 1.0 / trainer.world_size
 
     def _visit(self, name: str, layer: nn.Module, given: Tensor, grad_output: Tensor) -> None:
-        if self._moments is not None and self._in_batch:
+        if self._moments is not None:
             self._had_backward = True
             self._moments.add(name, given, grad_output, self._grad_factor)
 

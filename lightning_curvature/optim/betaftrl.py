@@ -116,6 +116,8 @@ class BetaFTRL(DiagonalOptimizer):
         "random_scaling",
         "seed",
     )
+    # Of a state that is being checked.
+    _checked_mode: str | None = None
 
     def __init__(
         self,
@@ -155,8 +157,24 @@ class BetaFTRL(DiagonalOptimizer):
     @property
     def state_names(self) -> tuple[str, ...]:  # type: ignore[override]
         """Names of the tensors kept per parameter."""
-        by_norm = self.param_groups[0]["clip_mode"] == "norm"
-        return ("step", "grad_sum") if by_norm else ("step", "grad_sum", "grad_sq_sum")
+        mode = self._checked_mode or self.param_groups[0]["clip_mode"]
+        return ("step", "grad_sum") if mode == "norm" else ("step", "grad_sum", "grad_sq_sum")
+
+    def _check_state(self, saved: Any) -> None:
+        # The mode is loaded, too.
+        groups = saved.get("param_groups") if isinstance(saved, dict) else None
+        first = groups[0] if isinstance(groups, list) and groups else None
+        self._checked_mode = first.get("clip_mode") if isinstance(first, dict) else None
+        try:
+            super()._check_state(saved)
+            by_norm = self._checked_mode == "norm" and saved["state"]
+        finally:
+            self._checked_mode = None
+        if by_norm and _SCALAR not in saved["curvature"]["scalars"]:
+            raise ValueError(
+                f"Cannot load the state into {type(self).__name__}: 'scalars' has no '{_SCALAR}', "
+                "which clip_mode='norm' needs. The state is cut off."
+            )
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_positive("lr", group["lr"], zero=True)
@@ -211,7 +229,6 @@ class BetaFTRL(DiagonalOptimizer):
         stats: dict[str, Tensor],
     ) -> None:
         if group["clip_mode"] == "norm":
-            vectors.shrink_(params, _decay(group), usable)
             self._move_along_sums(group, params, usable)
             return
         sums, squares, steps = self._state_lists(params, "grad_sum", "grad_sq_sum", "step")
@@ -219,9 +236,9 @@ class BetaFTRL(DiagonalOptimizer):
         grads = [p.grad for p in params if p.grad is not None]
         if usable is None and group["foreach"] is not False and can_split(params):
             for row in zip(params, grads, sums, squares, steps, strict=True):
-                inside = self._update_in_parts(group, *row)
+                count = self._update_in_parts(group, *row)
                 if group["max_update"] is not None:
-                    stats["win_rate"] += inside / self._size
+                    stats["win_rate"] += count / self._size
             return
         alphas, eps = (list(x.unbind()) for x in _numbers(group, torch.stack(steps)))
         for part in vectors.chunks(len(params), group["foreach"]):
@@ -235,9 +252,9 @@ class BetaFTRL(DiagonalOptimizer):
                 usable,
             )
             if group["max_update"] is not None:
-                stats["win_rate"] += _clip_(updates, group["max_update"]) / self._size
-            vectors.shrink_(params[part], _decay(group), usable)
-            vectors.move_(params[part], updates, -self._random, usable)
+                inside = _clip_(updates, group["max_update"]).to(stats["win_rate"].dtype)
+                stats["win_rate"] += inside / self._size
+            self._move(group, params[part], updates, usable)
 
     def _update_in_parts(
         self, group: dict[str, Any], p: Tensor, grad: Tensor, m: Tensor, v: Tensor, step: Tensor
@@ -271,15 +288,39 @@ class BetaFTRL(DiagonalOptimizer):
                 x.add_(eps)
             else:
                 x.clamp_min_(_tiny(x))
+            y = p_ if p_.dtype == x.dtype else p_.to(x.dtype)
             if kept != 1:
-                p_.mul_(kept)
+                y.mul_(kept)
             if limit is None:
-                p_.addcdiv_(m_, x, value=-alpha * self._random)
-                continue
-            torch.div(m_, x, out=x)
-            p_.add_(x.mul_(alpha).clamp_(-limit, limit), alpha=-self._random)
-            inside += float(x.abs_().lt_(limit).sum())
+                y.addcdiv_(m_, x, value=-alpha * self._random)
+            else:
+                torch.div(m_, x, out=x)
+                y.add_(x.mul_(alpha).clamp_(-limit, limit), alpha=-self._random)
+                inside += float(x.abs_().lt_(limit).sum())
+            if y is not p_:
+                p_.copy_(y)
         return inside
+
+    def _move(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        updates: list[Tensor],
+        usable: Tensor | None,
+    ) -> None:
+        """Take the step and decay the parameters, which are rounded once.
+
+        Args:
+            group: The group.
+            params: The parameters.
+            updates: Updates uphill; they are changed.
+            usable: See `_update_group`.
+        """
+        if self._random != 1:
+            torch._foreach_mul_(updates, self._random)
+        if group["weight_decay"] != 0:
+            torch._foreach_add_(updates, params, alpha=_decay(group))
+        vectors.move_(params, updates, -1.0, usable)
 
     # One sum of squares for all
 
@@ -331,7 +372,7 @@ class BetaFTRL(DiagonalOptimizer):
         factors = list(self._factors[id(group)].unbind())
         for part in vectors.chunks(len(params), group["foreach"]):
             updates = list(torch._foreach_mul(sums[part], factors[part]))
-            vectors.move_(params[part], updates, -self._random, usable)
+            self._move(group, params[part], updates, usable)
 
 
 def _betas(group: dict[str, Any]) -> tuple[float, float]:

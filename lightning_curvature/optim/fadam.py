@@ -283,9 +283,11 @@ class FAdam(DiagonalOptimizer):
 
     def _scratch_like(self, x: Tensor) -> Tensor:
         """Return memory for a tensor; fresh one would cost more than all the arithmetic."""
+        strides = zip(x.shape, x.stride(), strict=True)
+        span = 1 + sum((size - 1) * stride for size, stride in strides)
         memory = self._scratch.get(x.dtype)
-        if memory is None or memory.numel() < x.numel():
-            memory = self._scratch[x.dtype] = torch.empty_like(x).view(-1)
+        if memory is None or memory.numel() < span:
+            memory = self._scratch[x.dtype] = torch.empty(max(span, 1), dtype=x.dtype)
         return memory.as_strided(x.shape, x.stride())
 
 

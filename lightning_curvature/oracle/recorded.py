@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
 from lightning_curvature.oracle.extra_pass import ContextFactory, marked
+from lightning_curvature.oracle.hidden import hidden_parameters
 from lightning_curvature.oracle.plans import ProbePlan, SamplePlan
 from lightning_curvature.oracle.products import gradients
 from lightning_curvature.oracle.protocol import Oracle
@@ -73,6 +74,9 @@ class RecordedOracle(Oracle):
         self._warned: set[str] = set()
         self._samples = WindowSamples()
         self._products: WindowProducts | None = None
+        self._hidden: set[int] | None = None
+        # Of parameters that came while the main passes ran nothing was computed.
+        self._incomplete = False
         # Code compiled by torch frees parts of its graph early.
         self._passes_again = self._replay.compiled
         if module is not None:
@@ -113,6 +117,8 @@ class RecordedOracle(Oracle):
         """
         terms = loss_terms(total, calls)
         plan = self.plan() if self.plan is not None else None
+        if plan is not None and self._hidden is None and total.requires_grad:
+            self._hidden = hidden_parameters(total, self._trained())
         if plan is not None and not (plan.again or self._passes_again) and total.requires_grad:
             try:
                 if isinstance(plan, ProbePlan):
@@ -130,6 +136,11 @@ class RecordedOracle(Oracle):
     def select(self, params: Sequence[Tensor]) -> None:
         """Name the parameters that the vectors of the present step refer to."""
         self._active = list(params)
+        known = {id(p) for p in self.params}
+        new = [p for p in params if id(p) not in known]
+        if new:  # a group was added
+            self.params += new
+            self._incomplete = True
 
     def clear(self) -> None:
         """Forget the recorded micro-batches."""
@@ -144,6 +155,7 @@ class RecordedOracle(Oracle):
         self._base_loss = None
         self._samples = WindowSamples()
         self._products = None
+        self._incomplete = False
 
     def _drop_finished(self) -> None:
         """Forget what was computed on graphs of micro-batches whose gradient is gone."""
@@ -232,9 +244,10 @@ class RecordedOracle(Oracle):
         plan = self.plan() if self.plan is not None else None
         if not isinstance(plan, SamplePlan):
             raise RuntimeError("Samples were not planned for this step.")
+        self._check_reached()
         self._check_captured()
         records = self._recorded()
-        if plan.again or self._passes_again:
+        if plan.again or self._passes_again or self._incomplete:
             self._samples = WindowSamples()
             for record in records:
                 self._sample_again(plan, record)
@@ -280,10 +293,22 @@ class RecordedOracle(Oracle):
         plan = self.plan() if self.plan is not None else None
         if not isinstance(plan, ProbePlan):
             raise RuntimeError("Products were not planned for this step.")
-        if self._products is not None and not (plan.again or self._passes_again):
+        self._check_reached()
+        known = self._products is not None and self._products.cover(self._active)
+        if self._products is not None and known and not (plan.again or self._passes_again):
             return self._products.of(self._active)
         pairs = WindowProducts(self._trained(), plan).of(self._active)
         return [(z, self.hvp(z, method=plan.method)) for z, _ in pairs]
+
+    def _check_reached(self) -> None:
+        """Check that what is asked for can be differentiated with respect to chosen parameters."""
+        hidden = sum(id(p) in (self._hidden or ()) for p in self._active)
+        if hidden:
+            raise RuntimeError(
+                f"{hidden} of {len(self._active)} parameters with a gradient are used inside of "
+                "activation checkpointing with use_reentrant=True only, which hides them from "
+                "everything but `backward`. Set use_reentrant=False."
+            )
 
     def _trained(self) -> list[Tensor]:
         return [p for p in self.params if p.requires_grad]

@@ -100,6 +100,15 @@ class WindowProducts:
         ]
         self._forget_sums()
 
+    def cover(self, active: Sequence[Tensor]) -> bool:
+        """Tell whether products were computed for all of these parameters that are trained.
+
+        Args:
+            active: The parameters.
+        """
+        known = {id(p) for p in self.params}
+        return all(id(p) in known for p in active if p.requires_grad)
+
     def of(self, active: Sequence[Tensor]) -> list[tuple[list[Tensor], list[Tensor]]]:
         """Return every probe and its product, restricted to some parameters.
 

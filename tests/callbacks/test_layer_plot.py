@@ -44,6 +44,14 @@ def test_axes_are_layers_and_steps() -> None:
     figure.canvas.draw()
 
 
+def test_layers_stand_in_the_order_of_the_model() -> None:
+    """As they are logged: statistic by statistic, an embedding without an activation first."""
+    history = {"step": [1], "activation_norm/head": [1.0]}
+    history |= {f"output_grad_norm/{layer}": [1.0] for layer in ("embed", "head")}
+    _, axes = plot_layers(history)
+    assert [label.get_text() for label in axes[0].get_yticklabels()] == ["embed", "head"]
+
+
 def test_scales() -> None:
     history = history_of(["a", "b"])
     history["output_grad_norm/b"] = [1e-9, 0.0, math.inf]

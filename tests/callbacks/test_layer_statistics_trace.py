@@ -226,6 +226,47 @@ def test_a_window_that_never_ends_leaves_no_hooks() -> None:
     assert statistics.history == {"step": []}
 
 
+def test_a_window_that_never_ends_is_not_mixed_with_the_next() -> None:
+    class StopsFirst(StockModule):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> Any:
+            return -1 if batch_idx == 1 and self.current_epoch == 0 else None
+
+    histories = []
+    for kind in (StockModule, StopsFirst):
+        statistics = watch()
+        module = kind(double_mlp().network, SGD, loss=double_loss)
+        fit_double(statistics, module, accumulate_grad_batches=4, max_epochs=2)
+        histories.append({name: values[-2:] for name, values in statistics.history.items()})
+    assert histories[0].pop("step") == [3, 4]
+    assert histories[1].pop("step") == [1, 2]
+    assert histories[0] == histories[1]
+
+
+def test_gradients_of_validation_do_not_count() -> None:
+    class Differentiates(StockModule):
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            with torch.enable_grad():
+                loss = self.training_step([100.0 * batch[0].double(), batch[1]], batch_idx)
+                torch.autograd.grad(loss, list(self.parameters()))
+
+    histories = []
+    for batches in (0, 1):
+        statistics = watch()
+        module = Differentiates(double_mlp().network, SGD, loss=double_loss)
+        trainer = make_trainer(
+            "none",
+            callbacks=[AsDouble(), statistics],
+            max_steps=1,
+            accumulate_grad_batches=2,
+            val_check_interval=1,
+            limit_val_batches=batches,
+            inference_mode=False,
+        )
+        trainer.fit(module, loader(vectors()), loader(vectors()))
+        histories.append(statistics.history)
+    assert histories[0] == histories[1]
+
+
 def test_an_exception_leaves_no_hooks_and_a_picture(tmp_path: Path) -> None:
     class Fails(StockModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:

@@ -182,6 +182,14 @@ def state_tensors(optimizer: CurvatureOptimizer) -> dict[str, Tensor]:
     return found
 
 
+def numbered(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state whose layers are numbered: their names depend on what was attached."""
+    own = state["curvature"]
+    if "factors" not in own:
+        return state
+    return {**state, "curvature": {**own, "factors": dict(enumerate(own["factors"].values()))}}
+
+
 def identical(one: Any, other: Any) -> bool:
     """Tell whether two states are the same, tensors bit for bit and of the same dtype."""
     if type(one) is not type(other):

@@ -27,7 +27,7 @@ from lightning_curvature import (
     SingleDeviceCurvatureStrategy,
 )
 from tests.helpers.modules import MakeOptimizer, mlp_module, vectors
-from tests.helpers.optimizer_db import Contract
+from tests.helpers.optimizer_db import Contract, numbered
 from tests.helpers.probing import make_trainer
 from tests.helpers.ranks import RankPool, world
 
@@ -269,7 +269,7 @@ def loop(contract: Contract, *, wrapped: bool = False, accumulate: int = 1) -> O
         optimizer.detach()
     return Outcome(
         weights=weights_of(network),
-        state=copy.deepcopy(optimizer.state_dict()),
+        state=numbered(copy.deepcopy(optimizer.state_dict())),
         stats=dict(optimizer.stats),
         losses=losses,
         steps=len(micro_batches) // accumulate,

@@ -73,7 +73,12 @@ class Steps(Callback):
     def on_train_batch_start(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:
         """Note whether the coming step will ask."""
         optimizer = the_optimizer(module)
-        self._asked = bool(getattr(optimizer, "asks", ())) and optimizer.wants_record()
+        self._asked = bool(getattr(optimizer, "asks", ())) and (
+            # Layers are watched on all steps, and asked about on some.
+            any(map(optimizer._due, optimizer.intervals))
+            if optimizer.asks == {"layers"}
+            else optimizer.wants_record()
+        )
 
     @override
     def on_train_batch_end(self, trainer: Trainer, module: LightningModule, *args: Any) -> None:

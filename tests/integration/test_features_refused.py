@@ -57,6 +57,7 @@ class TakesIterator(StockModule):
 @every_family
 @pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter`:UserWarning")
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.filterwarnings("ignore:Found `dataloader_iter` argument:UserWarning")
 @title("`training_step(dataloader_iter)`")
 def test_a_step_that_takes_the_iterator(contract: Contract, route: str, refused: Any) -> None:
     """An extra pass would eat batches."""
@@ -85,7 +86,7 @@ class ChangesBatch(StockModule):
 @title("a batch changed in place")
 def test_a_batch_changed_in_place(contract: Contract, route: str, refused: Any) -> None:
     run = prepare(contract, made(ChangesBatch), route=route)
-    if not contract.info.asks:
+    if not contract.records:
         run.trainer.fit(run.module, batched())
         return
     refused(assert_refused(run, RuntimeError, "changed its batch in place"))

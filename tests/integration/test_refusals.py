@@ -70,7 +70,7 @@ def test_manual_optimization_without_closure(contract: Contract, route: str) -> 
     """`training_step` cannot be run again, because it would step again."""
     module = ManualModule(_network(), contract.make, with_closure=False)
     before = parameters_and_buffers(module)
-    if not contract.info.asks:
+    if not contract.records:
         make_trainer(route).fit(module, loader(vectors()))
         return
     with pytest.raises(MissingCapabilityError, match="a loop without a closure does not allow"):

@@ -1,4 +1,4 @@
-"""Tests of lightning_curvature/oracle/sampling.py: what squares of sampled gradients are on average.
+"""Tests of lightning_curvature/oracle/sampling.py: the mean of squares of sampled gradients.
 
 Whatever can be is compared exactly, in float64, with a dense matrix built by torch.func: the
 expectation over all labels, not a mean over some.
@@ -18,7 +18,7 @@ from lightning_curvature.oracle.capture import SUPPORTED_LOSSES, LossCapture
 from lightning_curvature.oracle.labels import LabelSampler
 from lightning_curvature.oracle.record import LossTerm, loss_terms
 from lightning_curvature.oracle.sampling import sample_gradients
-from tests.helpers.dense import MODELS, DenseModel, Head, build, flatten, mlp
+from tests.helpers.dense import MODELS, DenseModel, Head, build, mlp
 from tests.helpers.exact_labels import estimate, mean_over_signs, moments
 from tests.helpers.losses import CASES, CLASSES, WEIGHT, LossCase, inputs, labels, values
 
@@ -151,9 +151,10 @@ def test_other_losses(name: str) -> None:
 @pytest.mark.filterwarnings("ignore:reduction. 'mean' divides the total loss:UserWarning")
 def test_the_tables_name_every_loss() -> None:
     tried = set()
-    for case in CASES:
-        tried |= {_function(term) for term in case_of(case)[0]}
     model, x = network(), inputs()
+    for case in CASES:
+        terms = terms_of(lambda case=case: case.objective(model(x), *case.targets()))
+        tried |= {_function(term) for term in terms}
     for link, loss in OTHERS.values():
         tried |= {_function(term) for term in terms_of(lambda a=link, b=loss: b(a(model(x))))}
     # Absolute errors have no curvature; a declared loss becomes what it was declared to be.
@@ -340,12 +341,8 @@ def test_every_model(name: str) -> None:
     check_exact(terms, trained, expected)
     sample = sample_gradients(terms, list(model.parameters()), LabelSampler(0))
     assert sample is not None
-    frozen = [g is None for g, p in zip(sample.grads, model.parameters(), strict=True)]
-    assert all(
-        is_none
-        for is_none, p in zip(frozen, model.parameters(), strict=True)
-        if not p.requires_grad
-    )
+    pairs = zip(sample.grads, model.parameters(), strict=True)
+    assert all(g is None for g, p in pairs if not p.requires_grad)
 
 
 # Masks, fractions, draws
