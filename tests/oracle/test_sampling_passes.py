@@ -153,12 +153,19 @@ def test_half_precision_parameters() -> None:
 
 
 def test_a_compiled_model_takes_a_pass_of_its_own() -> None:
-    model = build("linear-bias")
-    expected = squares(watched(model, CONTENT), (inputs(), labels()))
-    model.compile(backend="eager")
-    oracle = watched(model, CONTENT)
+    expected = squares(watched(build("linear-bias"), CONTENT), (inputs(), labels()))
     runs: list[bool] = []
-    model.register_forward_hook(lambda *_: runs.append(in_extra_pass()))
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.compile(build("linear-bias"), backend="eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            runs.append(in_extra_pass())
+            return self.inner(x)
+
+    oracle = watched(Outer(), CONTENT)
     torch.testing.assert_close(squares(oracle, (inputs(), labels())), expected)
     assert runs == [False, True]
 
@@ -387,21 +394,41 @@ def test_a_loss_of_unknown_curvature(loss: Callable[..., Tensor]) -> None:
         oracle.sampled_squares()
 
 
-def test_reentrant_checkpointing_is_named() -> None:
-    """It allows no gradient with respect to chosen tensors."""
-    model = build("linear-bias")
+class Reentrant(nn.Module):
+    """Recomputes a part in the backward, by the kind that has no graph in between."""
 
-    class Reentrant(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.inner = model
+    def __init__(self, first: nn.Module) -> None:
+        super().__init__()
+        self.first = first
+        self.inner = build("linear-bias")
 
-        def forward(self, x: Tensor) -> Tensor:
-            return checkpoint(self.inner, x, use_reentrant=True)
+    def forward(self, x: Tensor) -> Tensor:
+        """Return logits."""
+        return checkpoint(self.inner, self.first(x), use_reentrant=True)
 
-    outer = Reentrant()
-    oracle = watched(outer, CONTENT)
-    x = inputs().requires_grad_()
-    backward(oracle, (x, labels()))
-    with pytest.raises(RuntimeError, match="use_reentrant=False"):
+
+@pytest.mark.parametrize("first", ["linear", "nothing"])
+@pytest.mark.parametrize("again", [False, True])
+def test_reentrant_checkpointing_is_named(first: str, again: bool) -> None:
+    """Where no parameter comes before it torch would find zeros."""
+    before = nn.Linear(5, 5, dtype=torch.float64) if first == "linear" else nn.Identity()
+    oracle = watched(Reentrant(before), sampling(again=again))
+    backward(oracle, (inputs().requires_grad_(), labels()))
+    with pytest.raises(RuntimeError, match=r"use_reentrant=(True|False)"):
         oracle.sampled_squares()
+
+
+def test_parameters_that_came_during_the_step() -> None:
+    """A group that is added before its first step has an estimate in it."""
+    model = build("frozen-layer")
+    for p in model.parameters():
+        p.requires_grad_(True)
+    expected = squares(watched(model, CONTENT), (inputs(), labels()))
+    params = list(model.parameters())
+    optimizer = SophiaG(params[:2], lr=1e-3, betas=(0.9, 0.0))
+    optimizer.sampler = ContentSampler
+    criterion = optimizer.attach_model(model, F.cross_entropy)
+    optimizer.add_param_group({"params": params[2:]})
+    criterion(model(inputs()), labels()).backward()
+    optimizer.step()
+    torch.testing.assert_close(flat([optimizer.state[p]["hess_diag"] for p in params]), expected)
