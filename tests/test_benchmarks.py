@@ -17,7 +17,7 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "char_lm", "adafisher_sgd")
+SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "monitor", "char_lm", "adafisher_sgd")
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
 
@@ -234,6 +234,37 @@ def test_ddp_subtracts_the_rival(load_script: Callable[[str], ModuleType]) -> No
     assert "FAIL" in script.summarize_communication([rank(4, 4, 4), rank(4, 4, 4)])[0]
     with pytest.raises(RuntimeError, match="other: the ranks sent different things"):
         script.summarize_communication([rank(4), rank(8)])
+
+
+def test_monitor(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script = load_script("monitor")
+    arguments = ["--rounds", "1", "--steps", "12", "--log-every-n-steps", "5", "--width", "4"]
+    script.main([*arguments, "--batch-size", "2", "--csv", str(tmp_path / "out.csv")])
+    assert "| CurvatureMonitor, per_layer |" in capsys.readouterr().out
+    found = rows_of(tmp_path / "out.csv")
+    assert [row["optimizer"] for row in found[::2]] == list(script.VARIANTS)
+    hooks = [float(row["value"]) for row in found if row["metric"] == "percent in its hooks"]
+    assert hooks[0] == 0
+    assert min(hooks[1:]) > 0
+
+
+def test_monitor_weighs_steps_as_they_occur(load_script: Callable[[str], ModuleType]) -> None:
+    script = load_script("monitor")
+    setting = script.Setting(1, 20, 10, 4, 2, 1)
+    # Steps 11 ... 30: the tenth and the last of them log.
+    plain = [1.0] * 20
+    slow = [2.0 if step % 10 == 0 else 1.1 for step in range(11, 31)]
+    found = {name: (plain, [0.0] * 20) for name in script.VARIANTS}
+    found["CurvatureMonitor"] = (slow, [second - 1 for second in slow])
+    table, measurements = script.summarize(found, setting)
+    values = {(m.optimizer, m.metric): m.value for m in measurements}
+    expected = 0.9 * 10 + 0.1 * 100
+    assert values["CurvatureMonitor", "percent of a step"] == pytest.approx(expected)
+    assert values["CurvatureMonitor", "percent in its hooks"] == pytest.approx(expected)
+    assert "+100.00 %" in table
+    assert "FAIL" in table
 
 
 def test_memory(

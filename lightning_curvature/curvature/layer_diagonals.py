@@ -101,11 +101,11 @@ def paired_in_parallel(
         waiting.pop(0)
         pairs[number] = [(name, "weight")]
         number += 1
-        if info.bias is not None:
+        shape = None if info.bias is None else params[info.bias].shape
+        if number < len(params) and params[number].shape == shape:
             pairs[number] = [(name, "bias")]
             number += 1
-    last = frozenset(range(number, len(params)))
-    return {n: pair for n, pair in pairs.items() if n < len(params)}, last
+    return pairs, frozenset(range(number, len(params)))
 
 
 def parameter_diagonals(

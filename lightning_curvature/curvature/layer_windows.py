@@ -263,7 +263,8 @@ class CorrectedWindow(LayerWindow):
         self, averages: Mapping[str, Average], decay: float, oracle: Oracle
     ) -> dict[str, _New]:
         sums = {
-            name: self._sums.get(name) or Moments(*map(info.like.new_zeros, (*info.shapes, ())))
+            name: self._sums.get(name)
+            or Moments(*map(averages[name].updates.new_zeros, (*info.shapes, ())))
             for name, info in self.layers.items()
         }
         inputs, outputs, rows = oracle.mean_vectors(*map(list, zip(*sums.values(), strict=True)))
@@ -311,7 +312,7 @@ class ReferenceWindow(LayerWindow):
         self, averages: Mapping[str, Average], decay: float, oracle: Oracle
     ) -> dict[str, _New]:
         new = {}
-        for name, info in self.layers.items():
+        for name in self.layers:
             calls = self._calls.get(name, [])
             factors, updates = averages[name]
             for call in calls:
@@ -320,7 +321,7 @@ class ReferenceWindow(LayerWindow):
                 factors = Factors(
                     *(a * _OLD * decay + b * _NEW * decay for a, b in zip(once, call, strict=True))
                 )
-            new[name] = (factors, info.like.new_full((), float(bool(calls))))
+            new[name] = (factors, updates.new_full((), float(bool(calls))))
         inputs, outputs, called = oracle.mean_vectors(
             [factors.input for factors, _ in new.values()],
             [factors.output for factors, _ in new.values()],

@@ -59,7 +59,8 @@ class AdaFisher(AdaFisherOptimizer):
         factor_update_interval: Optimizer steps between two updates of the factors.
         factor_decay: Weight of the old value in the averages of the factors, in [0, 1). In
             reference mode gamma: old and new are weighted by 0.1 gamma and 0.01 gamma.
-        weight_decay: L2 penalty, >= 0: this times the parameters is added to the gradient before all else.
+        weight_decay: L2 penalty, >= 0. It is added to the gradient, times the parameters, before all
+            else.
         mode: "corrected", or "reference" for what the authors' code does.
         normalization: "mean" divides F by its mean. "min-max", as in the paper, maps H and S to
             [0, 1] first, so that the flattest coordinates of every layer have no curvature at all

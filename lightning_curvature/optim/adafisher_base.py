@@ -146,10 +146,10 @@ class AdaFisherOptimizer(DiagonalOptimizer):
             return
         if oracle.module is None:
             raise MissingCapabilityError(
-                f"{type(self).__name__} looks at the layers of the model, which a bare closure does "
-                "not tell. Call optimizer.attach_model(model, loss_fn), or use "
-                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with a "
-                "Trainer."
+                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
+                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
+                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
+                "a Trainer."
             )
         super().attach(oracle)
         try:
@@ -259,6 +259,8 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         due = self._due(_INTERVAL)
         if due:
             self._refresh(oracle, usable, stats)
+        damping = max(float(group["damping"]) for group in self.param_groups)
+        stats["damping"] = torch.full_like(stats["grad_norm"], damping)
         if self._diagonals is None:
             scaling = None if self._reference else self.param_groups[0]["normalization"]
             self._diagonals = parameter_diagonals(
@@ -270,8 +272,8 @@ class AdaFisherOptimizer(DiagonalOptimizer):
             )
         self._numbers = {id(p): number for number, p in enumerate(self._all_params())}
         if due:
-            damping = [g["damping"] for g in self.param_groups for _ in g["params"]]
-            stats.update(damping_stats(self._diagonals, dict(enumerate(map(float, damping)))))
+            each = [float(g["damping"]) for g in self.param_groups for _ in g["params"]]
+            stats.update(damping_stats(self._diagonals, dict(enumerate(each))))
 
     def _refresh(self, oracle: Oracle, usable: Tensor | None, stats: dict[str, Tensor]) -> None:
         """Put the statistics of this step into the averages, unless they are not finite."""
@@ -282,6 +284,8 @@ class AdaFisherOptimizer(DiagonalOptimizer):
             with window.hooks.during_extra_pass():
                 oracle.gradient()
         if window.layers:
+            # Where the model is now: it may have been moved since it was attached.
+            self._factors = moved(self._factors, self._all_params())
             decay = float(self.param_groups[0]["factor_decay"])
             new = window.refresh(as_averages(self._factors), decay, oracle, usable)
             self._factors = as_entries(new.averages, window.layers)

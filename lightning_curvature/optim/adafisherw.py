@@ -17,7 +17,8 @@ class AdaFisherW(AdaFisherOptimizer):
 
     .. math::
         F = S H^\top, \quad m \leftarrow \beta m + (1-\beta) g, \quad
-        \theta \leftarrow \theta - \eta\,\Bigl(\frac{1+\Lambda}{F+\Lambda}\,\frac{m}{1-\beta^t} + \lambda\theta\Bigr)
+        \theta \leftarrow \theta - \eta\,\Bigl(
+            \frac{1+\Lambda}{F+\Lambda}\,\frac{m}{1-\beta^t} + \lambda\theta\Bigr)
 
     H is the mean square of the inputs of a layer and S that of the gradients of its outputs, both
     from the ordinary forward and backward of every ``factor_update_interval``-th step; F is divided
@@ -59,9 +60,9 @@ class AdaFisherW(AdaFisherOptimizer):
         factor_update_interval: Optimizer steps between two updates of the factors.
         factor_decay: Weight of the old value in the averages of the factors, in [0, 1). In
             reference mode gamma: old and new are weighted by 0.1 gamma and 0.01 gamma.
-        weight_decay: Decoupled weight decay, >= 0. It scales with ``lr``, which is larger than AdamW's:
-            so the default is that of SGD recipes. In reference mode steps scale with ``lr / damping``
-            and the decay with ``lr`` alone.
+        weight_decay: Decoupled weight decay, >= 0. It scales with ``lr``, which is larger than
+            AdamW's, so the default is that of SGD recipes. In reference mode steps scale with
+            ``lr / damping`` and the decay with ``lr`` alone.
         mode: "corrected", or "reference" for what the authors' code does.
         normalization: "mean" divides F by its mean. "min-max", as in the paper, maps H and S to
             [0, 1] first, so that the flattest coordinates of every layer have no curvature at all

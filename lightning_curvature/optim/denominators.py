@@ -82,8 +82,8 @@ def denominated(
         return
     ps, gs, ms, ds = zip(*rest, strict=True)
     formed = [d.whole(p) for p, d in zip(ps, ds, strict=True)]
-    for part in vectors.blocks(ps, gs, ms, formed):
-        yield part[0], part[1], part[2], part[3]
+    for block in vectors.blocks(ps, gs, ms, formed):
+        yield block[0], block[1], block[2], block[3]
 
 
 def _is_plain(x: Tensor) -> bool:

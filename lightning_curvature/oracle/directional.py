@@ -17,6 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.heads import quadratic_form
+from lightning_curvature.oracle.hidden import check_differentiable_twice
 from lightning_curvature.oracle.protocol import RegressionScaling
 from lightning_curvature.oracle.record import PassRecord
 from lightning_curvature.oracle.replay import Replay, eager, load_forward_mode, matched_terms
@@ -188,6 +189,9 @@ def hessian_product(
         if total.requires_grad:
             grads = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
             present = list(grads)
+            if not replay.checked_twice:
+                check_differentiable_twice(total, present)
+                replay.checked_twice = True
         parts = [
             (grad * d.to(grad.dtype)).sum().to(vectors.scalar_dtype(params))
             for grad, d in zip(present, direction, strict=True)

@@ -28,6 +28,7 @@ class Replay:
         recurrent: Whether the module has an LSTM, GRU or RNN.
         cudnn: Whether it has layers that cuDNN computes on a GPU.
         compiled: Whether any part of it goes through `torch.compile`.
+        checked_twice: Whether it is known that passes can be differentiated twice.
     """
 
     def __init__(self, module: nn.Module | None, contexts: Sequence[ContextFactory] = ()) -> None:
@@ -38,6 +39,7 @@ class Replay:
         kinds = [type(part) for part in parts]
         self.recurrent = any(issubclass(kind, nn.RNNBase) for kind in kinds)
         self.compiled = module is not None and is_compiled(module)
+        self.checked_twice = False
         self.cudnn = self.recurrent or any(issubclass(kind, _ConvNd) for kind in kinds)
 
     @contextmanager

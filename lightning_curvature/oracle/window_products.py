@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import vectors
+from lightning_curvature.oracle.hidden import check_differentiable_twice
 from lightning_curvature.oracle.plans import ProbePlan
 from lightning_curvature.oracle.record import PassRecord
 
@@ -16,7 +17,11 @@ _Vector = list[Tensor | None]
 
 
 def graph_products(
-    total: Tensor, params: Sequence[Tensor], probes: Sequence[Sequence[Tensor]]
+    total: Tensor,
+    params: Sequence[Tensor],
+    probes: Sequence[Sequence[Tensor]],
+    *,
+    check: bool = True,
 ) -> list[_Vector]:
     """Return H z for several probes on the graph of a loss, which is kept.
 
@@ -24,9 +29,13 @@ def graph_products(
         total: The loss.
         params: Parameters, all of which require a gradient.
         probes: Vectors z, one tensor per parameter.
+        check: Whether to look for functions that cannot be differentiated twice, which torch
+            passes over in silence.
     """
     found = torch.autograd.grad(total, params, create_graph=True, allow_unused=True)
     grads: Sequence[Tensor | None] = found
+    if check:
+        check_differentiable_twice(total, grads)
     # Where the loss is linear the gradient has no graph, and the product is zero.
     used = [i for i, g in enumerate(grads) if g is not None and g.requires_grad]
     outputs = [found[i] for i in used]

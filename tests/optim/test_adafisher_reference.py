@@ -13,6 +13,7 @@ from tests.helpers.adafisher import (
     BOTH,
     EXACT,
     factors,
+    inside,
     making,
     theta,
 )
@@ -47,6 +48,27 @@ def test_the_last_layers_are_never_updated_in_reference_mode(cls: type[Any], mod
     stuck = {name for name, p in loop.model.named_parameters() if torch.equal(p, before[name])}
     last = {f"{layer}.{role}" for layer in ("norm", "head") for role in ("weight", "bias")}
     assert stuck == (last if mode == "reference" else set())
+
+
+def test_a_parameter_of_the_shape_of_a_weight_is_paired_wrongly_in_reference_mode() -> None:
+    """As in the authors' code; the weight itself then has no layer."""
+
+    class Lookalike(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(5, 5, dtype=torch.float64), nn.Linear(5, 4))
+            self.to(torch.float64)
+            self.shift = nn.Parameter(torch.zeros(5, 5, dtype=torch.float64))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x @ (self.shift + 1))
+
+    model = Lookalike()
+    loop = Loop(model, making(mode="reference"), groups=lambda m: [m.shift, *m[0].parameters()])
+    before = theta(loop)
+    assert inside(loop).fallback_parameters == ["0.weight", "0.bias"]
+    loop.train(classification(1))
+    moved = [name for name, p in model.named_parameters() if not torch.equal(p, before[name])]
+    assert moved == ["shift"]
 
 
 def test_fisher_vanishes_in_reference_mode() -> None:
