@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.compatibility import CompatibilityPlugin, make_refused
 from tests.helpers.families import FamilyPlugin
 from tests.helpers.ranks import RankPool
+from tests.helpers.warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = "--every-optimizer"
@@ -82,6 +83,14 @@ def run_python(tmp_path: Path) -> Callable[..., subprocess.CompletedProcess[str]
         )
 
     return run
+
+
+@pytest.fixture(scope="session")
+def warm_python() -> Iterator[WarmPython]:
+    """Run programs in processes that need not import torch and Lightning first."""
+    warm = WarmPython()
+    yield warm
+    warm.close()
 
 
 @pytest.fixture(scope="session")

@@ -144,7 +144,7 @@ class CurvatureCost:
         if not self._measures:
             return
         if self._step is None:
-            self._step = _Step(asks=any(o.wants_record() for o in self._asking))
+            self._step = _Step(asks=any(_refreshes(o) for o in self._asking))
         self._start = self._clock.now()
 
     def batch_ends(self, *, stepped: bool) -> None:
@@ -193,3 +193,9 @@ class CurvatureCost:
                 self._in_answers.append(answers)
             else:
                 self._plain.append(seconds)
+
+
+def _refreshes(optimizer: Any) -> bool:
+    """Tell whether the coming step asks the oracle, or looks at the layers in the main pass."""
+    due = (optimizer._due(name) for name in getattr(optimizer, "intervals", ()))
+    return bool(optimizer.wants_record()) or any(due)

@@ -41,23 +41,29 @@ def curvature_of_layers(optimizer: Any, layers: dict[int, str]) -> dict[str, Ten
     """Return norm and share of zeros of an optimizer's curvature in every layer.
 
     Args:
-        optimizer: An optimizer with ``state_names``; others have nothing to tell.
+        optimizer: An optimizer with ``state_names``; others have nothing to tell. What it keeps per
+            layer instead of per parameter it gives by a method ``layer_curvature()``: lists of
+            tensors by name and layer.
         layers: What `layer_of_parameters` returned.
 
     Returns:
         0-dim tensors by ``<state>_norm/<layer>`` and ``<state>_sparsity/<layer>``.
     """
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    values: dict[str, Tensor] = {}
-    for state in getattr(optimizer, "state_names", ()):
-        if state in _OTHER:
-            continue
-        by_layer: dict[str, list[Tensor]] = {}
-        for parameter in params:
+    kept: dict[str, dict[str, list[Tensor]]] = {}
+    for parameter in (p for group in optimizer.param_groups for p in group["params"]):
+        layer = layers.get(id(parameter), "other")
+        for state in getattr(optimizer, "state_names", ()):
             tensor = optimizer.state.get(parameter, {}).get(state)
-            if isinstance(tensor, Tensor) and tensor.numel():
-                by_layer.setdefault(layers.get(id(parameter), "other"), []).append(tensor)
-        for layer, tensors in by_layer.items():
+            # Of another shape are counters.
+            known = state not in _OTHER and isinstance(tensor, Tensor)
+            if known and tensor.numel() and tensor.shape == parameter.shape:
+                kept.setdefault(state, {}).setdefault(layer, []).append(tensor)
+    of_layers = getattr(optimizer, "layer_curvature", None)
+    for state, by_layer in of_layers().items() if of_layers is not None else ():
+        kept[state] = {plain_name(layer): list(tensors) for layer, tensors in by_layer.items()}
+    values: dict[str, Tensor] = {}
+    for state, of_state in kept.items():
+        for layer, tensors in of_state.items():
             values[f"{state}_norm/{layer}"] = _whole(vectors.norm(tensors))
             values[f"{state}_sparsity/{layer}"] = _share_of_zeros(tensors)
     return values
@@ -72,7 +78,9 @@ def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:
 def _count(x: Tensor) -> Tensor:
     """Return the number of entries that are not zero."""
     # Counting is far slower than adding on a CPU; the parts are small enough to be exact.
-    return x.sign().abs_().sum() if x.device.type == "cpu" else torch.count_nonzero(x)
+    if x.device.type == "cpu":
+        return x.sign().abs_().nan_to_num_(1.0).sum()
+    return torch.count_nonzero(x)
 
 
 def _whole(scalar: Tensor) -> Tensor:

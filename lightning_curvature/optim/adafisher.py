@@ -59,7 +59,7 @@ class AdaFisher(AdaFisherOptimizer):
         factor_update_interval: Optimizer steps between two updates of the factors.
         factor_decay: Weight of the old value in the averages of the factors, in [0, 1). In
             reference mode gamma: old and new are weighted by 0.1 gamma and 0.01 gamma.
-        weight_decay: L2 penalty, >= 0. It is added to the gradient, times the parameters, before all
+        weight_decay: L2 penalty, >= 0: times the parameters it is added to the gradient, before all
             else.
         mode: "corrected", or "reference" for what the authors' code does.
         normalization: "mean" divides F by its mean. "min-max", as in the paper, maps H and S to

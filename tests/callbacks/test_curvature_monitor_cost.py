@@ -118,6 +118,20 @@ def test_no_number_where_none_can_be_told(clock: Clock) -> None:
     assert run(clock, FakeOptimizer(clock, 4), steps=24) is None
 
 
+def test_looking_at_the_layers_is_asking(clock: Clock) -> None:
+    """AdaFisher's hooks work in the main pass of every fourth step: nothing is recorded."""
+    optimizer = FakeOptimizer(clock, 10**9, asks="layers")
+    optimizer.intervals = ("factor_update_interval",)  # type: ignore[attr-defined]
+    optimizer._due = lambda name: optimizer.steps % 4 == 0  # type: ignore[attr-defined]
+    cost = CurvatureCost([optimizer], torch.device("cpu"))
+    for _ in range(41):
+        cost.batch_starts()
+        clock.work(1.4 if optimizer._due("factor_update_interval") else 1.0)  # type: ignore[attr-defined]
+        optimizer.steps += 1
+        cost.batch_ends(stepped=True)
+    assert cost.percent() == pytest.approx(10.0)
+
+
 def test_an_optimizer_that_never_asks(clock: Clock) -> None:
     cost = CurvatureCost([SimpleNamespace(stats={})], torch.device("cpu"))
     cost.watch()

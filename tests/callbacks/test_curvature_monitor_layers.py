@@ -17,7 +17,7 @@ from tests.helpers.probing import make_trainer, the_optimizer
 class WithState(StatsSGD):
     """Keeps a diagonal of the size of every parameter."""
 
-    state_names = ("step", "exp_avg", "hess_diag")
+    state_names = ("step", "exp_avg", "hess_diag", "num_estimates")
 
     def step(self, closure: Any = None) -> Any:
         loss = super().step(closure)
@@ -25,6 +25,7 @@ class WithState(StatsSGD):
             for p in group["params"]:
                 diagonal = torch.arange(p.numel(), dtype=p.dtype).view(p.shape)
                 self.state[p] = {"step": torch.ones(()), "hess_diag": diagonal, "exp_avg": diagonal}
+                self.state[p]["num_estimates"] = torch.ones(())
         return loss
 
 
@@ -115,3 +116,15 @@ def test_parameters_outside_of_the_model() -> None:
     }
     plain = torch.optim.AdamW([parameter])
     assert curvature_of_layers(plain, {}) == {}
+
+
+def test_what_is_kept_per_layer() -> None:
+    optimizer = WithState([nn.Parameter(torch.ones(2))])
+    optimizer.layer_curvature = lambda: {  # type: ignore[attr-defined]
+        "a_factor": {"network._orig_mod.0": [torch.tensor([3.0, 0.0]), torch.tensor(4.0)]}
+    }
+    values = curvature_of_layers(optimizer, {})
+    assert {name: float(value) for name, value in values.items()} == {
+        "a_factor_norm/network.0": 5.0,
+        "a_factor_sparsity/network.0": pytest.approx(1 / 3),
+    }

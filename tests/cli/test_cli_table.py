@@ -1,8 +1,8 @@
 """Tests of lightning_curvature/cli.py and of ordinary LightningCLI scripts.
 
 One row per way to name our classes on a command line, each a process of its own: what works
-depends on which modules are imported. The user's files know nothing of this package, except for
-the one import line where a row is about it.
+depends on which modules of this package are imported. The user's files know nothing of this
+package, except for the one import line where a row is about it.
 """
 
 import json
@@ -17,8 +17,10 @@ from typing import Any
 
 import pytest
 
+from tests.helpers.warm_python import WarmPython
+
 ROOT = Path(__file__).resolve().parents[2]
-AHEAD = 2  # processes at a time: starting one costs seconds, most of them imports
+AHEAD = 2  # processes at a time
 TIMEOUT = 300.0  # seconds
 
 USER_MODULE = '''
@@ -272,28 +274,26 @@ ROWS = {
 Finished = subprocess.CompletedProcess[str]
 
 
-def run_row(row: Row, folder: Path) -> Finished:
+def run_row(row: Row, folder: Path, warm_python: WarmPython) -> Finished:
     for name, text in FILES.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
     if row.program == [SCRIPT]:
         program = [str(Path(sys.executable).with_name(SCRIPT))]
     else:
-        program = [sys.executable, *row.program]
-    return subprocess.run(
+        program = row.program
+    return warm_python.run(
         [*program, "fit", f"--model={row.model}", "--data=my.Data", *row.args, *SETTINGS],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(ROOT), **row.env},
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
         timeout=TIMEOUT,
-        check=False,
     )
 
 
 @pytest.fixture(scope="module")
-def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], Finished]]:
+def finish(
+    tmp_path_factory: pytest.TempPathFactory, warm_python: WarmPython
+) -> Iterator[Callable[[str], Finished]]:
     """Wait for a row, having started the next ones too."""
     jobs: dict[str, Future[Finished]] = {}
     names = list(ROWS)
@@ -304,7 +304,7 @@ def finish(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str],
             for started in names[start : start + AHEAD]:
                 if started not in jobs:
                     folder = tmp_path_factory.mktemp(started)
-                    jobs[started] = pool.submit(run_row, ROWS[started], folder)
+                    jobs[started] = pool.submit(run_row, ROWS[started], folder, warm_python)
             return jobs[name].result()
 
         yield wait

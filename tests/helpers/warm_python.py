@@ -76,7 +76,9 @@ class WarmPython:
                     env=environment,
                     cwd=tempfile.gettempdir(),
                 )
-                threading.Thread(target=self._listen, args=(self._server,), daemon=True).start()
+                self._listener = threading.Thread(target=self._listen, args=(self._server,))
+                self._listener.daemon = True
+                self._listener.start()
             self._count += 1
             assert self._server.stdin is not None
             self._server.stdin.write(json.dumps({**request, "number": self._count}) + "\n")
@@ -92,11 +94,14 @@ class WarmPython:
                 self._answered.notify_all()
 
     def close(self) -> None:
-        """End the process; programs that still run go on."""
+        """End the process, when the programs have ended."""
         if self._server is not None:
             assert self._server.stdin is not None
+            assert self._server.stdout is not None
             self._server.stdin.close()
             self._server.wait()
+            self._listener.join()
+            self._server.stdout.close()
             self._server = None
 
 
