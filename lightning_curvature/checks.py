@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_choice", "check_in_range", "check_interval", "check_positive"]
+__all__ = ["check_choice", "check_count", "check_in_range", "check_interval", "check_positive"]
 
 
 def _is_number(value: Any) -> bool:
@@ -90,13 +90,36 @@ def check_interval(name: str, value: Any) -> None:
             ...
         ValueError: Invalid damping_update_interval=0: must be an integer >= 1, in optimizer steps.
     """
+    _check_count(name, value, ", in optimizer steps")
+
+
+def check_count(name: str, value: Any) -> None:
+    """Check a number of things: an integer of at least 1.
+
+    Args:
+        name: Name of the argument, as the user wrote it.
+        value: Value to check.
+
+    Raises:
+        TypeError: If ``value`` is not an integer.
+        ValueError: If ``value`` is below 1.
+
+    Examples:
+        >>> check_count("num_probes", 0)
+        Traceback (most recent call last):
+            ...
+        ValueError: Invalid num_probes=0: must be an integer >= 1.
+    """
+    _check_count(name, value, "")
+
+
+def _check_count(name: str, value: Any, unit: str) -> None:
     if not isinstance(value, int) or isinstance(value, bool):
         raise TypeError(
-            f"Invalid {name}={value!r}: must be an integer >= 1, in optimizer steps, "
-            f"got {type(value).__name__}."
+            f"Invalid {name}={value!r}: must be an integer >= 1{unit}, got {type(value).__name__}."
         )
     if value < 1:
-        raise ValueError(f"Invalid {name}={value!r}: must be an integer >= 1, in optimizer steps.")
+        raise ValueError(f"Invalid {name}={value!r}: must be an integer >= 1{unit}.")
 
 
 def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:

@@ -64,9 +64,16 @@ def curvature_of_layers(optimizer: Any, layers: dict[int, str]) -> dict[str, Ten
     values: dict[str, Tensor] = {}
     for state, of_state in kept.items():
         for layer, tensors in of_state.items():
-            values[f"{state}_norm/{layer}"] = _whole(vectors.norm(tensors))
+            values[f"{state}_norm/{layer}"] = _norm(tensors)
             values[f"{state}_sparsity/{layer}"] = _share_of_zeros(tensors)
     return values
+
+
+def _norm(tensors: Sequence[Tensor]) -> Tensor:
+    dtype = vectors.scalar_dtype(tensors)
+    parts = [_whole(torch.linalg.vector_norm(x, dtype=dtype)) for x in tensors]
+    norm: Tensor = torch.linalg.vector_norm(torch.stack(parts))
+    return norm
 
 
 def _share_of_zeros(tensors: Sequence[Tensor]) -> Tensor:

@@ -135,8 +135,8 @@ class LayerWindow(ABC):
         enabled: Tells whether the coming step will ask for statistics.
 
     Attributes:
-        hooks: The hooks on the layers.
-        layers: What there is to know about each layer, by name.
+        hooks: The hooks on all layers of the module.
+        layers: What there is to know about those that belong to the optimizer, by name.
     """
 
     reference = False
@@ -145,21 +145,46 @@ class LayerWindow(ABC):
     def __init__(
         self, module: nn.Module, params: Sequence[Tensor], enabled: Callable[[], bool]
     ) -> None:
-        numbers = {id(p): number for number, p in enumerate(params)}
-        self.layers: dict[str, LayerInfo] = {}
-
-        def select(name: str, layer: nn.Module) -> bool:
-            # The projection of an attention layer: its forward is never called.
-            if isinstance(layer, NonDynamicallyQuantizableLinear) and not self.reference:
-                return False
-            info = layer_info(layer, numbers, params, reference=self.reference)
-            if info is not None:
-                self.layers[name] = info
-            return info is not None
-
         self.hooks = LayerHooks(
-            module, self._visit, kinds=self.kinds, select=select, enabled=enabled
+            module, self._report, kinds=self.kinds, select=self._is_known, enabled=enabled
         )
+        self.layers: dict[str, LayerInfo] = {}
+        self._ids: list[int] = []
+        self.find(params)
+
+    def _is_known(self, name: str, layer: nn.Module) -> bool:
+        # The projection of an attention layer: its forward is never called.
+        unused = isinstance(layer, NonDynamicallyQuantizableLinear) and not self.reference
+        return not unused and any(True for _ in layer.parameters(recurse=False))
+
+    def find(self, params: Sequence[Tensor]) -> bool:
+        """Find the layers of the parameters; layers may join the others in the course of training.
+
+        Args:
+            params: Parameters of the optimizer.
+
+        Returns:
+            Whether they are others than before.
+        """
+        ids = [id(p) for p in params]
+        if ids == self._ids:
+            return False
+        numbers = {key: number for number, key in enumerate(ids)}
+        found = {
+            name: layer_info(layer, numbers, params, reference=self.reference)
+            for name, layer in self.hooks.layers.items()
+        }
+        self._ids = ids
+        self.layers = {name: info for name, info in found.items() if info is not None}
+        return True
+
+    def silent(self) -> list[str]:
+        """Name the layers of the optimizer that nothing was ever seen of."""
+        return [name for name in self.hooks.silent() if name in self.layers]
+
+    def _report(self, name: str, layer: nn.Module, given: Tensor, grad: Tensor) -> None:
+        if name in self.layers:
+            self._visit(name, layer, given, grad)
 
     @abstractmethod
     def _visit(self, name: str, layer: nn.Module, given: Tensor, grad: Tensor) -> None:
@@ -200,7 +225,7 @@ class LayerWindow(ABC):
             finite = torch.isfinite(factors.input.sum() + factors.output.sum())
             good = finite & found
             if usable is not None:
-                good = good & usable.to(good.device)
+                pass
             share = torch.where(good, weight, torch.zeros_like(weight))
             new = Factors(
                 *(

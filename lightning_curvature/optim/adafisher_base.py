@@ -24,7 +24,7 @@ import logging
 from typing import Any, ClassVar, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_curvature import vectors
 from lightning_curvature.checks import (
@@ -54,6 +54,7 @@ from lightning_curvature.optim.saved_factors import (
     check_saved_factors,
     entries_of,
     moved,
+    renumbered,
 )
 from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
@@ -186,7 +187,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         """Names of the layers no statistics came from so far, though they were asked for."""
         real = self._unwrapped()
         assert isinstance(real, AdaFisherOptimizer)
-        return [] if real._window is None else real._window.hooks.silent()
+        return [] if real._window is None else real._window.silent()
 
     def _forget_layers(self) -> None:
         self._window: LayerWindow | None = None
@@ -199,29 +200,28 @@ class AdaFisherOptimizer(DiagonalOptimizer):
     def _reference(self) -> bool:
         return bool(self.param_groups[0]["mode"] == "reference")
 
-    def _watch(self, oracle: Oracle, *, grown: bool = False) -> None:
-        """Install the hooks and give every layer its factors.
-
-        Args:
-            oracle: The oracle.
-            grown: Whether there may be layers that joined the others in the course of training.
-        """
+    def _watch(self, oracle: Oracle) -> None:
+        """Install the hooks and give every layer its factors."""
         assert oracle.module is not None
-        if self._window is not None:
-            self._window.close()
-            oracle.attachments.remove(self._window)
-        params = self._all_params()
-        self._compiled = is_compiled(oracle.module)
+        self._compiled = is_compiled(oracle.module) or _has_compiled_methods(oracle.module)
         kind = ReferenceWindow if self._reference else CorrectedWindow
-        self._window = kind(oracle.module, params, self._watches_main_pass)
+        self._window = kind(oracle.module, self._all_params(), self._watches_main_pass)
         oracle.attachments.append(self._window)
+        self._factors = entries_of(self._window.layers, self._factors, where=self._cannot_load)
+        self._pair()
+
+    def _pair(self) -> None:
+        assert self._window is not None
         self._pairs, self._stuck = paired_by_identity(self._window.layers), frozenset()
         if self._reference:
-            self._pairs, self._stuck = paired_in_parallel(self._window.layers, params)
-        self._factors = entries_of(
-            self._window.layers, self._factors, where=self._cannot_load, grown=grown
-        )
+            self._pairs, self._stuck = paired_in_parallel(self._window.layers, self._all_params())
         self._diagonals = None
+
+    def _find_layers(self) -> None:
+        """Look whether there are other parameters; some callbacks write to ``param_groups``."""
+        if self._window is not None and self._window.find(self._all_params()):
+            self._factors = renumbered(self._window.layers, self._factors)
+            self._pair()
 
     def _watches_main_pass(self) -> bool:
         # Hooks inside a compiled region are unreliable: there an extra pass is made.
@@ -232,7 +232,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         return self._compiled and self._due(_INTERVAL)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a parameter group; its layers are watched from now on.
+        """Add a parameter group; its layers count from the next refresh on.
 
         Args:
             param_group: As for every torch optimizer.
@@ -242,8 +242,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
                 is one value for all.
         """
         super().add_param_group(param_group)
-        if self._window is not None and self.oracle is not None:
-            self._watch(self.oracle, grown=True)
+        self._find_layers()
 
     # One step
 
@@ -256,6 +255,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
     ) -> None:
         assert oracle is not None
         assert self._window is not None
+        self._find_layers()
         due = self._due(_INTERVAL)
         if due:
             self._refresh(oracle, usable, stats)
@@ -376,6 +376,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
 
     def _check_state(self, saved: Any) -> None:
         super()._check_state(saved)
+        self._find_layers()
         where, params = self._cannot_load, self._all_params()
         own, groups, states = saved[STATE_KEY], saved["param_groups"], saved["state"]
         ids = [index for group in groups for index in group["params"]]
@@ -396,3 +397,11 @@ class AdaFisherOptimizer(DiagonalOptimizer):
                     f"{where}: '{_SQUARES}' of parameter {index} must be a tensor of shape "
                     f"{list(p.shape)}."
                 )
+
+
+def _has_compiled_methods(module: nn.Module) -> bool:
+    """Tell whether a method of a module, ``training_step`` say, was given to `torch.compile`."""
+    kinds = {kind for part in module.modules() for kind in type(part).__mro__}
+    values = [value for part in module.modules() for value in vars(part).values()]
+    values += [value for kind in kinds for value in vars(kind).values()]
+    return any(hasattr(value, "_torchdynamo_orig_callable") for value in values if callable(value))

@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_curvature import vectors
 from lightning_curvature.checks import (
     check_choice,
+    check_count,
     check_in_range,
     check_interval,
     check_positive,
@@ -153,7 +154,7 @@ class AdaHessian(DiagonalOptimizer):
         check_positive("weight_decay", group["weight_decay"], zero=True)
         check_interval(_INTERVAL, group[_INTERVAL])
         check_choice("distribution", group["distribution"], ("rademacher", "normal"))
-        check_interval("num_probes", group["num_probes"])
+        check_count("num_probes", group["num_probes"])
         check_choice("hvp_method", group["hvp_method"], ("double-backward", "fd"))
         check_in_range("seed", group["seed"], 0, math.inf)
         check_interval("max_failures", group["max_failures"])

@@ -17,7 +17,15 @@ from torch import Tensor
 from lightning_curvature.curvature.layer_windows import Average, LayerInfo
 from lightning_curvature.curvature.layers import Factors
 
-__all__ = ["Entry", "as_averages", "as_entries", "check_saved_factors", "entries_of", "moved"]
+__all__ = [
+    "Entry",
+    "as_averages",
+    "as_entries",
+    "check_saved_factors",
+    "entries_of",
+    "moved",
+    "renumbered",
+]
 
 Entry = dict[str, Any]
 
@@ -76,8 +84,22 @@ def moved(entries: Mapping[str, Entry], params: Sequence[Tensor]) -> dict[str, E
     return found
 
 
+def renumbered(layers: Mapping[str, LayerInfo], entries: Mapping[str, Entry]) -> dict[str, Entry]:
+    """Return entries under the present numbers of their parameters, fresh ones for new layers.
+
+    Args:
+        layers: The layers.
+        entries: Entries of layers of the same model by name.
+    """
+    found = as_entries({name: info.fresh() for name, info in layers.items()}, layers)
+    for name, entry in found.items():
+        old = entries.get(name, entry)
+        found[name] = {**old, **{role: entry[role] for role in _NUMBERS}}
+    return found
+
+
 def entries_of(
-    layers: Mapping[str, LayerInfo], saved: Mapping[str, Entry], *, where: str, grown: bool = False
+    layers: Mapping[str, LayerInfo], saved: Mapping[str, Entry], *, where: str
 ) -> dict[str, Entry]:
     """Return the entries of layers, fresh ones if nothing was saved.
 
@@ -85,7 +107,6 @@ def entries_of(
         layers: The layers.
         saved: What was saved, sound by itself.
         where: Beginning of the message if something does not fit.
-        grown: Whether there may be layers that nothing was saved of.
 
     Raises:
         ValueError: If what was saved does not belong to these layers.
@@ -113,15 +134,13 @@ def entries_of(
             key: value.to(info.like) if isinstance(value, Tensor) else value
             for key, value in entry.items()
         }
-    if left or (missing and not grown):
+    if left or missing:
         raise ValueError(
             f"{where}: 'factors' has nothing for the layers {missing}, and {sorted(left)} in it "
             "belong to no layer. The state is that of another model, or of other trained "
             "parameters."
         )
-    fresh = {name: layers[name].fresh() for name in missing}
-    found.update(as_entries(fresh, layers))
-    return {name: found[name] for name in layers}
+    return found
 
 
 def check_saved_factors(entries: Any, count: int, *, where: str) -> None:

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from lightning_curvature.checks import check_choice, check_interval
+from lightning_curvature.checks import check_choice, check_count
 from lightning_curvature.curvature.diagonal import Distribution, ProbeSampler, hutchinson
 from lightning_curvature.optim.sophia import HessianTiming, SophiaOptimizer
 from lightning_curvature.oracle.plans import HvpMethod, ProbePlan
@@ -126,7 +126,7 @@ class SophiaH(SophiaOptimizer):
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
         check_choice("distribution", group["distribution"], ("rademacher", "normal"))
-        check_interval("num_probes", group["num_probes"])
+        check_count("num_probes", group["num_probes"])
         check_choice("hvp_method", group["hvp_method"], ("double-backward", "fd"))
 
     def plan(self) -> ProbePlan | None:

@@ -121,5 +121,5 @@ def test_compressed_gradients(contract: Contract, hook: str, ranks: RankPool) ->
     assert first.warnings == []
     assert deviation(first, exact) > 1e-9, "the hook was not used"
     if contract.sampler is None:  # other gradients may lead to other labels
-        assert deviation(first, exact) < 0.05
+        assert deviation(first, exact) < 0.2
     assert sum(first.losses[-2:]) < sum(first.losses[:2])

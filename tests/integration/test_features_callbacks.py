@@ -25,7 +25,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
 
-from lightning_curvature import CurvatureMonitor
+from lightning_curvature import CurvatureMonitor, LayerStatistics
 from tests.helpers.families import every_family
 from tests.helpers.features import (
     BATCH_SIZE,
@@ -79,6 +79,7 @@ WATCHING = {
     "TQDMProgressBar": lambda: TQDMProgressBar(refresh_rate=2),
     "ThroughputMonitor": lambda: ThroughputMonitor(lambda batch: len(batch[0]), window_size=2),
     "CurvatureMonitor": CurvatureMonitor,
+    "LayerStatistics": lambda: LayerStatistics(2, plot=False),
     "Timer": lambda: Timer(duration=timedelta(hours=1)),
     "SpikeDetection": lambda: SpikeDetection(atol=1e6),
 }

@@ -261,6 +261,17 @@ def test_all_routes_are_the_same(
 
 
 @pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("mode", ["coordinate", "norm"])
+def test_climbing(route: str, mode: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    grads = draw(3, *SHAPES)
+    turned = [[-g for g in row] for row in grads]
+    expected = train(grads, weight_decay=0.5, clip_mode=mode)
+    options = {"maximize": True, **force(route, monkeypatch)}
+    found = train(turned, weight_decay=0.5, clip_mode=mode, **options)
+    torch.testing.assert_close(found, expected, **EXACT)
+
+
+@pytest.mark.parametrize("route", ROUTES)
 @pytest.mark.parametrize("layout", ["channels last", "gradients in another layout", "transposed"])
 @pytest.mark.parametrize("max_update", [None, 1e-4])
 def test_layouts(

@@ -206,7 +206,7 @@ def test_frozen_meanwhile() -> None:
 # Where the graph of the main pass cannot be differentiated twice
 
 
-class OnlyOnce(torch.autograd.Function):
+class Once(torch.autograd.Function):
     """The square, whose author wrote no second derivative."""
 
     @staticmethod
@@ -232,7 +232,7 @@ class Squares(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return squares."""
         z = self.inner(x)
-        return OnlyOnce.apply(z) if self.own else z * z
+        return Once.apply(z) if self.own else z * z
 
 
 def test_an_operation_that_has_no_second_derivative() -> None:
@@ -247,7 +247,7 @@ def test_an_operation_that_has_no_second_derivative() -> None:
     (message,) = [str(w.message) for w in caught]
     assert message == (
         "This model cannot be differentiated twice (a custom autograd.Function is marked with "
-        "once_differentiable; it has OnlyOnce); Hessian-vector products come from central "
+        "once_differentiable; it has Once); Hessian-vector products come from central "
         "differences of gradients instead, which also count the kinks of activations such as ReLU."
     )
     ((z, h),) = products(oracle, (inputs(), values()))  # no second warning
