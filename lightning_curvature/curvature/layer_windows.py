@@ -225,7 +225,7 @@ class LayerWindow(ABC):
             finite = torch.isfinite(factors.input.sum() + factors.output.sum())
             good = finite & found
             if usable is not None:
-                pass
+                good = good & usable.to(good.device)
             share = torch.where(good, weight, torch.zeros_like(weight))
             new = Factors(
                 *(

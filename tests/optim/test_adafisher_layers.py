@@ -175,6 +175,63 @@ def test_a_layer_that_joins_later() -> None:
     assert not torch.equal(model[2].weight, before["2.weight"])
 
 
+def test_groups_that_a_callback_replaces() -> None:
+    """Lightning's finetuning callbacks write to ``param_groups`` when they resume."""
+    model = network()
+    loop = Loop(model, making(), groups=lambda model: model[2].parameters())
+    batches = classification(4)
+    loop.train(batches[:2])
+    group = loop.optimizer.param_groups[0]
+    kept = copy.deepcopy(factors(loop)["2"])
+    everything = list(model.parameters())
+    loop.optimizer.param_groups = [{**group, "params": everything}]
+    state = copy.deepcopy(loop.optimizer.state_dict())
+    loop.optimizer.load_state_dict(state)
+    assert identical(factors(loop)["2"], {**kept, "weight": 2, "bias": 3})
+    loop.train(batches[2:])
+    assert {name: int(entry["updates"]) for name, entry in factors(loop).items()} == {
+        "0": 2,
+        "2": 4,
+    }
+
+
+def test_a_layer_without_a_gradient_keeps_its_factors() -> None:
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+            self.side = nn.Linear(FEATURES, CLASSES, dtype=torch.float64)
+            self.gate = 1.0
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.gate * self.side(x)
+
+    loop = Loop(Gated(), making())
+    batches = classification(3)
+    loop.train(batches[:1])
+    before = copy.deepcopy(factors(loop)["side"])
+    loop.model.gate = 0.0  # called, with a gradient of zero
+    loop.train(batches[1:])
+    assert identical(factors(loop)["side"], before)
+    assert loop.stat("skipped_refreshes") == 0
+    assert loop.is_finite()
+
+
+def test_a_compiled_method_is_found() -> None:
+    class Compiled(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = network()
+            self.head = torch.compile(self.net.forward, backend="eager")
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(x)
+
+    loop = Loop(Compiled(), making())
+    loop.train(classification(2))
+    assert [entry["updates"] for entry in factors(loop).values()] == [2, 2]
+
+
 def test_a_bare_closure_is_refused() -> None:
     model = network()
     optimizer = AdaFisher(model.parameters())

@@ -160,6 +160,15 @@ def test_the_norm_of_the_mean_gradient_is_clipped(squared: Any, loss: str) -> No
         torch.testing.assert_close(found, free * factor**2, rtol=1e-4, atol=0)
 
 
+def test_a_part_is_clipped_as_a_batch_of_its_size() -> None:
+    model, (x, y) = network(), rows(6)
+    part = squares(watched(model, sampling(sampler=ContentSampler)), (x[:3], y[:3]))
+    limit = 0.5 * float((part.sum() / 3).sqrt())
+    plan = sampling(sampler=ContentSampler, fraction=0.5, clip_norm=limit)
+    found = squares(watched(model, plan), (x, y))
+    torch.testing.assert_close(found, part / 4, rtol=1e-4, atol=0)
+
+
 # Variance
 
 
