@@ -358,6 +358,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
     # State
 
     def _curvature_state(self) -> dict[str, Any]:
+        self._find_layers()
         return {
             **super()._curvature_state(),
             "factors": {k: {**v} for k, v in self._factors.items()},

@@ -197,8 +197,7 @@ class AdaHessian(DiagonalOptimizer):
                 vectors.ema_squares_(old, new, decay, good)
         stats["hess_diag_norm"] = size.sqrt()
         if before is not None:
-            change = vectors.norm(list(torch._foreach_sub(averages, before)))
-            drift = (change / vectors.norm(before)).nan_to_num(1.0, posinf=1.0)
+            drift = self._drift(averages, before, good)
             stats["curvature_drift"] = drift
             self._refreshed(_INTERVAL, drift)
 

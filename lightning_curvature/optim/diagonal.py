@@ -209,14 +209,29 @@ class DiagonalOptimizer(CurvatureOptimizer):
             Whether it may be used, as ``usable`` says it of the gradient.
         """
         finite = torch.isfinite(size)
-        skipped = self._scalar("skipped_refreshes", size)
-        self._scalars["skipped_refreshes"] = skipped + (~finite).to(size.dtype)
         good = finite if usable is None else finite & usable
+        # A bad gradient is counted as a skipped step already.
+        bad = ~finite if usable is None else ~finite & usable
+        skipped = self._scalar("skipped_refreshes", size)
+        self._scalars["skipped_refreshes"] = skipped + bad.to(size.dtype)
         if usable is None and self._can_look(finite) and bool(finite):
             return None
         for x in new:
             x.masked_fill_(~good, 0.0)
         return good
+
+    def _drift(self, new: list[Tensor], old: list[Tensor], good: Tensor | None) -> Tensor:
+        """Return the relative change of an average by an estimate; 1 where there was none.
+
+        Args:
+            new: The average now.
+            old: The average before.
+            good: What `_accept` returned.
+        """
+        change = vectors.norm(list(torch._foreach_sub(new, old)))
+        drift = (change / vectors.norm(old)).nan_to_num(1.0, posinf=1.0)
+        # An estimate that could not be used is no sign of a curvature that does not change.
+        return drift if good is None else torch.where(good, drift, torch.ones_like(drift))
 
     def _grads(self, group: dict[str, Any], grads: list[Tensor]) -> list[Tensor]:
         """Return gradients in the precision of the arithmetic, turned around to climb.

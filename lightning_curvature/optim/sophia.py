@@ -147,7 +147,12 @@ class SophiaOptimizer(DiagonalOptimizer):
             rate = torch.stack(self._unclipped).sum().to(stats["grad_norm"].dtype) / max(total, 1)
             stats["win_rate"] = rate
             low = (rate < _LOW_WIN_RATE).to(rate.dtype)
-            self._scalars["low_win_rates"] = (self._scalar("low_win_rates", rate) + low) * low
+            before = self._scalar("low_win_rates", rate)
+            after = (before + low) * low
+            # A step that was not taken says nothing.
+            self._scalars["low_win_rates"] = (
+                after if usable is None else torch.where(usable, after, before)
+            )
         self._unclipped = []
         if self._ahead:
             self._refresh(params, oracle, usable, stats)
@@ -175,8 +180,7 @@ class SophiaOptimizer(DiagonalOptimizer):
             vectors.ema_([old[i] for i in chosen], [new[i] for i in chosen], decay, good)
         stats["hess_diag_norm"] = vectors.norm(old)
         if watched:
-            change = vectors.norm(list(torch._foreach_sub(old, before)))
-            drift = (change / vectors.norm(before)).nan_to_num(1.0, posinf=1.0)
+            drift = self._drift(old, before, good)
             stats["curvature_drift"] = drift
             self._refreshed(_INTERVAL, drift, ahead=self._ahead)
 

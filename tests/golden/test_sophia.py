@@ -21,7 +21,7 @@ from tests.golden.sophia_files import Recording
 FAMILY = "sophia"
 ATOL = 1e-10
 # The official denominator is rho bs h + 1e-15, ours the larger of the two.
-pytestmark = pytest.mark.filterwarnings("ignore:SophiaG clips more than 99%:RuntimeWarning")
+pytestmark = pytest.mark.filterwarnings("ignore:Sophia[GH] clips more than 99%:RuntimeWarning")
 
 
 def compare(recording: Recording, step: int, model: nn.Module) -> bool:
