@@ -350,7 +350,7 @@ def test_the_win_rate(kind: type) -> None:
 def test_low_win_rates_are_told_once(kind: type, scales: list[float], warned: bool) -> None:
     params = parameters([(5,)])
     ones = torch.ones(5, dtype=torch.float64)
-    optimizer = kind(params, hessian_update_interval=1, max_failures=1)
+    optimizer = kind(params, betas=(0.0, 0.0), hessian_update_interval=1, max_failures=1)
     optimizer.attach(Scripted([[scale * ones] for scale in [*scales, scales[-1]]]))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -13,6 +13,7 @@ from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
 from lightning_curvature import SophiaH
+from lightning_curvature.curvature.diagonal import hutchinson
 from lightning_curvature.oracle import ClosureOracle, ModelOracle
 from lightning_curvature.oracle.plans import ProbePlan, SamplePlan
 from tests.helpers.dense import MODELS, DenseModel, build
@@ -171,6 +172,10 @@ def test_products_that_are_shared(weights: tuple[float, ...]) -> None:
     for _ in range(2):
         ((z, h),) = oracle.products()
         assert_close(flat(h), hessian @ flat(z), EXACT)
+        assert_close(flat(hutchinson(oracle)), flat(z) * (hessian @ flat(z)), EXACT)
+    loop = watched(model, ProbePlan(draw))
+    ((z, h),) = products(loop, *[(inputs(), y, w) for w in weights])
+    assert_close(h, hessian @ z, EXACT)
     optimizer = SophiaH(model.parameters(), lr=0.0, betas=(0.9, 0.0))
     criterion = optimizer.attach_model(model, F.cross_entropy)
     criterion(model(inputs()), y).backward()
@@ -183,7 +188,7 @@ def test_products_that_are_shared(weights: tuple[float, ...]) -> None:
 def test_products_that_are_expanded() -> None:
     """A sum has a gradient whose entries share their memory."""
     model = nn.Linear(5, 1, bias=False, dtype=torch.float64)
-    oracle = watched(model, ProbePlan(draw), lambda z, _: model.weight.sum() ** 2 + 0 * z.sum())
+    oracle = watched(model, ProbePlan(draw), lambda *_: model.weight.sum() ** 2)
     ((z, h),) = products(oracle, (inputs(), None, 0.5), (inputs(), None, 0.25))
     assert_close(h, 0.75 * 2 * z.sum().expand(5), EXACT)
 
