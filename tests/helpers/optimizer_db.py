@@ -138,7 +138,7 @@ SPECIAL: dict[str, dict[str, Any]] = {
     },
     "adahessian": {
         "options": {
-            "lr": 0.1,
+            "lr": 0.2,
             "eps": 0.01,
             "hessian_update_interval": PERIOD,
             "hvp_method": "double-backward",

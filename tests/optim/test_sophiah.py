@@ -1,4 +1,4 @@
-"""Tests of lightning_curvature/optim/sophiah.py; the update is tested in test_sophiag.py."""
+"""Tests of lightning_curvature/optim/sophiah.py; the update is tested in test_sophia.py."""
 
 from typing import Any
 
