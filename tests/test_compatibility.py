@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from lightning_curvature import list_optimizers
 from tests.helpers.compatibility import (
     FAILED,
     UNCHECKED,
@@ -24,7 +25,8 @@ ROWS = {
 
 
 def test_a_page_can_be_read_back() -> None:
-    assert parse(render(ROWS)) == ROWS
+    columns = {info.cls.__name__: UNCHECKED for info in list_optimizers()}
+    assert parse(render(ROWS)) == {key: {**columns, **row} for key, row in ROWS.items()}
 
 
 @pytest.mark.parametrize(

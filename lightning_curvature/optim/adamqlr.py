@@ -115,7 +115,7 @@ class AdamQLR(QLROptimizer):
         ...     criterion(model(x), y).backward()
         ...     optimizer.step()
         >>> sorted(optimizer.stats)[:3]
-        ['curvature', 'damping', 'grad_norm']
+        ['curvature', 'curvature_drift', 'damping']
 
     References:
         Clarke and Hernandez-Lobato, 2024, arXiv:2310.14963.
