@@ -4,7 +4,14 @@ from collections.abc import Iterable
 from numbers import Real
 from typing import Any
 
-__all__ = ["check_choice", "check_count", "check_in_range", "check_interval", "check_positive"]
+__all__ = [
+    "check_betas",
+    "check_choice",
+    "check_count",
+    "check_in_range",
+    "check_interval",
+    "check_positive",
+]
 
 
 def _is_number(value: Any) -> bool:
@@ -71,6 +78,28 @@ def check_in_range(
     if not (above and below):
         interval = f"{'[' if include_low else '('}{low}, {high}{']' if include_high else ')'}"
         raise ValueError(f"Invalid {name}={value!r}: must be in {interval}.")
+
+
+def check_betas(betas: Any) -> None:
+    """Check two decay rates.
+
+    Args:
+        betas: What the user gave.
+
+    Raises:
+        TypeError: If one is not a number.
+        ValueError: If they are not two numbers in [0, 1).
+
+    Examples:
+        >>> check_betas((0.9,))
+        Traceback (most recent call last):
+            ...
+        ValueError: Invalid betas=(0.9,): must be two numbers in [0, 1).
+    """
+    if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # noqa: PLR2004
+        raise ValueError(f"Invalid betas={betas!r}: must be two numbers in [0, 1).")
+    for number, beta in enumerate(betas):
+        check_in_range(f"betas[{number}]", beta, 0, 1)
 
 
 def check_interval(name: str, value: Any) -> None:

@@ -18,6 +18,7 @@ __all__ = [
     "dot",
     "ema_",
     "ema_squares_",
+    "flattened",
     "move_",
     "norm",
     "scalar_dtype",
@@ -134,7 +135,7 @@ def blocks(*columns: Vector, foreach: bool | None = None) -> Iterator[tuple[list
     waiting: list[tuple[Tensor, ...]] = []
     size = 0
     for row in zip(*columns, strict=True):
-        flat = _flattened(row) if row[0].numel() > limit else None
+        flat = flattened(row) if row[0].numel() > limit else None
         if flat is None:
             waiting.append(row)
             size += row[0].numel()
@@ -148,7 +149,7 @@ def blocks(*columns: Vector, foreach: bool | None = None) -> Iterator[tuple[list
         yield tuple(list(column) for column in zip(*waiting, strict=True))
 
 
-def _flattened(row: tuple[Tensor, ...]) -> list[Tensor] | None:
+def flattened(row: Vector) -> list[Tensor] | None:
     """Return one-dimensional views in the order of the memory, None if there are none in common."""
     if all(x.is_contiguous() for x in row):
         return [x.view(-1) for x in row]

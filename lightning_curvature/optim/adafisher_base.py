@@ -47,6 +47,7 @@ from lightning_curvature.curvature.layer_windows import (
 )
 from lightning_curvature.optim.denominators import Denominator, denominated
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
+from lightning_curvature.optim.per_tensor import advance_
 from lightning_curvature.optim.saved_factors import (
     Entry,
     as_averages,
@@ -306,7 +307,7 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         if not params:
             return
         steps, averages = self._state_lists(params, "step", "exp_avg")
-        self._advance(steps, usable)
+        advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
         # 1 - beta^t goes into the denominator, which for most parameters is two vectors.
         corrections = list(torch._foreach_clamp_min(steps, 1.0))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from lightning_curvature import vectors
 from lightning_curvature.checks import (
+    check_betas,
     check_choice,
     check_count,
     check_in_range,
@@ -26,7 +27,7 @@ from lightning_curvature.checks import (
 )
 from lightning_curvature.curvature.diagonal import Distribution, ProbeSampler, hutchinson
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
-from lightning_curvature.optim.sophia import check_betas
+from lightning_curvature.optim.per_tensor import advance_
 from lightning_curvature.oracle.plans import HvpMethod, ProbePlan
 from lightning_curvature.oracle.protocol import Oracle
 
@@ -186,7 +187,7 @@ class AdaHessian(DiagonalOptimizer):
         diagonal = self._diagonal(oracle)
         size = vectors.dot(diagonal, diagonal)
         good = self._accept(diagonal, size, usable)
-        self._advance([self.state[p]["num_estimates"] for p in params], good)
+        advance_([self.state[p]["num_estimates"] for p in params], good)
         # Only who owns the interval wants to know, and it takes a copy.
         before = vectors.clone(averages) if _INTERVAL in self._schedules else None
         decays = {id(p): group["betas"][1] for group in self.param_groups for p in group["params"]}
@@ -220,7 +221,7 @@ class AdaHessian(DiagonalOptimizer):
     ) -> None:
         lr, (beta1, beta2), power = float(group["lr"]), group["betas"], group["hessian_power"]
         steps, exp_avgs, averages, counts = self._state_lists(params, *self.state_names)
-        self._advance(steps, usable)
+        advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
         t, n = torch.stack(steps).clamp_min(1.0), torch.stack(counts).clamp_min(1.0)
         # m_hat / (v_hat^(k/2) + eps) = m / (v^(k/2) a + b), one factor and one summand per tensor.

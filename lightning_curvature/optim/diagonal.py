@@ -186,17 +186,6 @@ class DiagonalOptimizer(CurvatureOptimizer):
                     state[name] = torch.zeros_like(p, dtype=dtype, memory_format=kind)
         return [[self.state[p][name] for p in params] for name in names]
 
-    def _advance(self, counts: list[Tensor], usable: Tensor | None) -> None:
-        """Add one to counts that are kept per parameter.
-
-        Args:
-            counts: 0-dim tensors.
-            usable: See `_update_group`.
-        """
-        one = torch.ones_like(counts[0]) if usable is None else usable.to(counts[0].dtype)
-        # As a list: a single 0-dim tensor would be read as a number.
-        torch._foreach_add_(counts, [one] * len(counts))
-
     def _accept(self, new: list[Tensor], size: Tensor, usable: Tensor | None) -> Tensor | None:
         """Judge a new estimate; one that is not finite is counted and replaced by zeros.
 

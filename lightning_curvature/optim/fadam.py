@@ -20,6 +20,7 @@ from torch import Tensor
 
 from lightning_curvature import vectors
 from lightning_curvature.checks import (
+    check_betas,
     check_choice,
     check_in_range,
     check_interval,
@@ -166,11 +167,7 @@ class FAdam(DiagonalOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_positive("lr", group["lr"], zero=True)
-        betas = group["betas"]
-        if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # noqa: PLR2004
-            raise ValueError(f"Invalid betas={betas!r}: must be two numbers in [0, 1).")
-        check_in_range("betas[0]", betas[0], 0, 1)
-        check_in_range("betas[1]", betas[1], 0, 1)
+        check_betas(group["betas"])
         check_positive("eps", group["eps"])
         check_positive("clip", group["clip"])
         check_choice("clip_mode", group["clip_mode"], ("limit", "scale"))

@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_curvature.vectors import flattened
+
 __all__ = ["advance_", "can_split", "discounted_count", "split", "whole_norms"]
 
 # Entries of a part, per thread: some of them together should fit into a second-level cache.
@@ -25,11 +27,8 @@ def split(tensors: Sequence[Tensor]) -> list[tuple[Tensor, ...]]:
     Args:
         tensors: Tensors; where their layouts differ they stay whole.
     """
-    if all(x.is_contiguous() for x in tensors):
-        flat = [x.view(-1) for x in tensors]
-    elif all(x.is_contiguous(memory_format=torch.channels_last) for x in tensors):
-        flat = [x.permute(0, 2, 3, 1).view(-1) for x in tensors]
-    else:
+    flat = flattened(tensors)
+    if flat is None:
         return [tuple(tensors)]
     size = _PART * torch.get_num_threads()
     return list(zip(*(torch.split(x, size) for x in flat), strict=True))

@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from lightning_curvature.checks import (
+    check_betas,
     check_choice,
     check_in_range,
     check_interval,
@@ -25,10 +26,7 @@ def check_arguments(a: dict[str, Any]) -> None:
     """
     check_positive("lr", a["lr"], zero=True)
     if "betas" in a:
-        if not isinstance(a["betas"], (tuple, list)) or len(a["betas"]) != 2:  # noqa: PLR2004
-            raise ValueError(f"Invalid betas={a['betas']!r}: must be two numbers in [0, 1).")
-        check_in_range("betas[0]", a["betas"][0], 0, 1)
-        check_in_range("betas[1]", a["betas"][1], 0, 1)
+        check_betas(a["betas"])
         check_positive("eps", a["eps"])
     check_positive("damping", a["damping"], zero=True)
     check_in_range("damping_increase_factor", a["damping_increase_factor"], 1, math.inf)

@@ -25,15 +25,17 @@ from torch import Tensor
 
 from lightning_curvature import vectors
 from lightning_curvature.checks import (
+    check_betas,
     check_choice,
     check_in_range,
     check_interval,
     check_positive,
 )
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
+from lightning_curvature.optim.per_tensor import advance_
 from lightning_curvature.oracle.protocol import Oracle
 
-__all__ = ["HessianTiming", "SophiaOptimizer", "check_betas"]
+__all__ = ["HessianTiming", "SophiaOptimizer"]
 
 HessianTiming = Literal["before", "after"]
 
@@ -41,21 +43,6 @@ _INTERVAL = "hessian_update_interval"
 _LOW_WIN_RATE = 0.01
 # Estimates in a row with a lower win rate after which the user is told.
 _LOW_FOR = 10
-
-
-def check_betas(betas: Any) -> None:
-    """Check two decay rates.
-
-    Args:
-        betas: What the user gave.
-
-    Raises:
-        ValueError: If they are not two numbers in [0, 1).
-    """
-    if not isinstance(betas, (tuple, list)) or len(betas) != 2:  # noqa: PLR2004
-        raise ValueError(f"Invalid betas={betas!r}: must be two numbers in [0, 1).")
-    for number, beta in enumerate(betas):
-        check_in_range(f"betas[{number}]", beta, 0, 1)
 
 
 class SophiaOptimizer(DiagonalOptimizer):
@@ -170,7 +157,7 @@ class SophiaOptimizer(DiagonalOptimizer):
         new = self._estimate(params, oracle)
         old = [self.state[p]["hess_diag"] for p in params]
         good = self._accept(new, vectors.dot(new, new), usable)
-        self._advance([self.state[p]["num_estimates"] for p in params], good)
+        advance_([self.state[p]["num_estimates"] for p in params], good)
         # Only who owns the interval wants to know.
         watched = _INTERVAL in self._schedules
         before = vectors.clone(old) if watched else old
@@ -193,7 +180,7 @@ class SophiaOptimizer(DiagonalOptimizer):
     ) -> None:
         lr, beta1, rho = float(group["lr"]), group["betas"][0], group["rho"]
         steps, exp_avgs, hess_diags, counts = self._state_lists(params, *self.state_names)
-        self._advance(steps, usable)
+        advance_(steps, usable)
         grads = [p.grad for p in params if p.grad is not None]
         counting = self._estimates()
         columns = (params, grads, exp_avgs, hess_diags)
