@@ -19,6 +19,8 @@ from lightning_curvature.curvature.schedule import (
 )
 from lightning_curvature.curvature.time_budget import TimeBudget
 from lightning_curvature.optim import (
+    EKFAC,
+    KFAC,
     SGDQLR,
     AdaFisher,
     AdaFisherW,
@@ -35,6 +37,8 @@ from lightning_curvature.registry import OptimizerInfo, get_optimizer_info, list
 from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCurvatureStrategy
 
 __all__ = [
+    "EKFAC",
+    "KFAC",
     "SGDQLR",
     "AdaFisher",
     "AdaFisherW",

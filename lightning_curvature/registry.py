@@ -8,7 +8,9 @@ from lightning_curvature.optim.adahessian import AdaHessian
 from lightning_curvature.optim.adamqlr import AdamQLR
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.betaftrl import BetaFTRL
+from lightning_curvature.optim.ekfac import EKFAC
 from lightning_curvature.optim.fadam import FAdam
+from lightning_curvature.optim.kfac import KFAC
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
@@ -120,6 +122,24 @@ _ROWS = (
         copies=2,
         paper="2402.01567",
         summary="Adam seen as a learner of updates that follows the regularized leader.",
+    ),
+    OptimizerInfo(
+        name="kfac",
+        cls=KFAC,
+        asks=KFAC.asks,
+        passes="1 forward+backward, 1 backward, 2 forwards; every 5th step 1 forward",
+        copies=1,
+        paper="1503.05671",
+        summary="Kronecker-factored curvature with adaptive rate, momentum and damping.",
+    ),
+    OptimizerInfo(
+        name="ekfac",
+        cls=EKFAC,
+        asks=EKFAC.asks,
+        passes="1 forward+backward, 1 backward, 2 forwards; every 5th step 1 forward",
+        copies=2,
+        paper="1806.03884",
+        summary="K-FAC with the eigenvalues of its factors corrected.",
     ),
 )
 

@@ -15,7 +15,16 @@ from lightning_curvature.oracle.protocol import Oracle
 __all__ = ["CurvatureCost"]
 
 # The oracle's work: what it is asked, and what it does in the main pass for that.
-_ANSWERS = ("observe", "loss", "directional", "hvp", "products", "gradient", "sampled_squares")
+_ANSWERS = (
+    "observe",
+    "loss",
+    "directional",
+    "quadratic",
+    "hvp",
+    "products",
+    "gradient",
+    "sampled_squares",
+)
 # Questions that are answered by these methods and nowhere else.
 _TIMED = frozenset({"loss", "directional", "hvp", "sampled"})
 # Steps that ask that medians and sums run over, the steps around each that it is compared with, and

@@ -194,6 +194,10 @@ class LayerWindow(ABC):
     def clear(self) -> None:
         """Forget what belongs to the present step."""
 
+    def zeroed(self) -> None:
+        """Forget what belongs to a gradient that is gone."""
+        self.clear()
+
     @abstractmethod
     def _observe(
         self, averages: Mapping[str, Average], decay: float, oracle: Oracle

@@ -26,6 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_curvature.curvature.scales import at_least_float32, normalized
+
 __all__ = [
     "REFERENCE_LAYERS",
     "Factors",
@@ -122,15 +124,15 @@ def layer_moments(layer: nn.Module, given: Tensor, grad: Tensor) -> Moments:
         given: Its input.
         grad: The gradient of its output.
     """
-    grad = _precise(grad)
+    grad = at_least_float32(grad)
     if isinstance(layer, nn.Embedding):
         return _embedding_moments(layer, given, grad)
-    given = _precise(given).to(grad.dtype)
+    given = at_least_float32(given).to(grad.dtype)
     if isinstance(layer, (nn.Conv1d, nn.Conv2d)):
         squares, output, rows = _conv_moments(layer, given, grad)
     else:
         if not isinstance(layer, nn.Linear):
-            given, grad = _normalized(layer, given, grad)
+            given, grad = normalized(layer, given, grad)
         grad = grad.reshape(-1, grad.shape[-1])
         squares = given.reshape(-1, given.shape[-1]).square().sum(0)
         output, rows = grad.square().sum(0), len(grad)
@@ -138,33 +140,6 @@ def layer_moments(layer: nn.Module, given: Tensor, grad: Tensor) -> Moments:
     if layer.bias is not None:
         squares = torch.cat([squares, count.expand(*squares.shape[:-1], 1)], dim=-1)
     return Moments(squares, output, count)
-
-
-def _precise(x: Tensor) -> Tensor:
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
-def _normalized(layer: nn.Module, given: Tensor, grad: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the normalized input and the output gradient, channels last."""
-    if isinstance(layer, nn.LayerNorm):
-        axes = len(layer.normalized_shape)
-        given = F.layer_norm(given, layer.normalized_shape, eps=layer.eps)
-        return given.flatten(-axes), grad.flatten(-axes)
-    if isinstance(layer, nn.GroupNorm):
-        given = F.group_norm(given, layer.num_groups, eps=layer.eps)
-    else:
-        assert isinstance(layer, _BatchNorm)
-        mean, var = layer.running_mean, layer.running_var
-        own = layer.training or mean is None or var is None
-        given = F.batch_norm(
-            given,
-            None if own or mean is None else mean.to(given.dtype),
-            None if own or var is None else var.to(given.dtype),
-            training=own,
-            momentum=0.0,
-            eps=layer.eps,
-        )
-    return given.movedim(1, -1), grad.movedim(1, -1)
 
 
 def _embedding_moments(layer: nn.Embedding, given: Tensor, grad: Tensor) -> Moments:
@@ -301,7 +276,7 @@ def reference_factors(layer: nn.Module, given: Tensor, grad: Tensor) -> Factors:
         given: Its input.
         grad: The gradient of its output.
     """
-    given, grad = _precise(given), _precise(grad)
+    given, grad = at_least_float32(given), at_least_float32(grad)
     if isinstance(layer, nn.Linear):
         given, grad = given.reshape(-1, given.shape[-1]), grad.reshape(-1, grad.shape[-1])
         squares = given.square().mean(0)

@@ -19,16 +19,15 @@ Where it differs from the official code, by default (each has a switch back):
 """
 
 from abc import abstractmethod
-from numbers import Real
 from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
 from lightning_curvature import vectors
-from lightning_curvature.curvature.damping import accept_or_raise, clamp, levenberg_marquardt
+from lightning_curvature.curvature.damping import accept_or_raise, levenberg_marquardt
 from lightning_curvature.curvature.quadratic import model_change, reduction_ratio, step_length
-from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.damped import DampedOptimizer
 from lightning_curvature.optim.failures import FailureCounter
 from lightning_curvature.optim.gradient import Gradient, clip_factor
 from lightning_curvature.optim.qlr_arguments import check_arguments
@@ -38,30 +37,27 @@ __all__ = ["DampingAlgorithm", "QLROptimizer"]
 
 DampingAlgorithm = Literal["levenberg-marquardt", "decreasing-loss", "fixed"]
 
-_OWN_PER_GROUP = ("params", "lr", "weight_decay")
 # Running average of the step length when it is carried over from step to step; measured on three
 # tasks in docs/how-to/adamqlr.md, "Intervals".
 _CARRIED_LR_EMA = 0.8
 
 
-_CURVATURE, _DAMPING = "curvature_update_interval", "damping_update_interval"
+_CURVATURE, _DAMPING = "curvature_update_interval", DampedOptimizer.damping_interval
 
 # Where the groups keep the argument ``max_lr``: torch's OneCycleLR writes its own "max_lr" there.
 _CAP = "max_step_length"
 
 
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """Return hyper-parameters as they are kept: numbers of torch or Python, no others."""
-    group = {key: value for key, value in group.items() if key != "max_lr" or _CAP not in group}
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """Return hyper-parameters under the names that groups have for them."""
     return {
-        _CAP if key == "max_lr" else key: (
-            value if isinstance(value, int) or not isinstance(value, Real) else float(value)
-        )
+        _CAP if key == "max_lr" else key: value
         for key, value in group.items()
+        if key != "max_lr" or _CAP not in group
     }
 
 
-class QLROptimizer(CurvatureOptimizer):
+class QLROptimizer(DampedOptimizer):
     """Base of the optimizers that derive their learning rate from a quadratic model.
 
     A subclass gives a direction d that points uphill; theta moves to theta - lr * alpha * d with
@@ -83,18 +79,7 @@ class QLROptimizer(CurvatureOptimizer):
 
     def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
         check_arguments(defaults)
-        damping = torch.tensor(float(defaults["damping"]), dtype=torch.float64)
-        super().__init__(params, _plain({**defaults, "damping": damping}))
-        self.damping = self.param_groups[0]["damping"]
-        self._failures = self._new_failure_counter()
-        # Hyper-parameters about the damping that hold while somebody else owns it.
-        self._damping_settings: dict[str, Any] | None = None
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        """Restore a pickle or deep copy."""
-        super().__setstate__(state)
-        self.__dict__.setdefault("_damping_settings", None)
-        self._failures = self._new_failure_counter(resumed=True)
+        super().__init__(params, _renamed(defaults))
 
     def _new_failure_counter(self, *, resumed: bool = False) -> FailureCounter:
         limit = int(self.param_groups[0]["max_failures"])
@@ -110,74 +95,13 @@ class QLROptimizer(CurvatureOptimizer):
             ValueError: If an argument is out of range, or differs from the other groups though it
                 is one value for all.
         """
-        self._check_group({**self.defaults, **_plain(param_group)})
-        super().add_param_group(_plain(param_group))
+        super().add_param_group(_renamed(param_group))
 
     def _check_group(self, group: dict[str, Any]) -> None:
         damping = group["damping"]
         if isinstance(damping, Tensor):
             damping = float(damping)
         check_arguments({**group, "max_lr": group[_CAP], "damping": damping})
-
-    @property
-    def shared(self) -> tuple[str, ...]:
-        """Names of the hyper-parameters that are one value for all groups."""
-        own = {*_OWN_PER_GROUP, "differentiable"}  # torch adds the last one to the defaults
-        return tuple(name for name in self.defaults if name not in own)
-
-    @property
-    def damping(self) -> float:
-        """Present damping; reading it waits for the device."""
-        return float(self.param_groups[0]["damping"])
-
-    @damping.setter
-    def damping(self, value: float | Tensor) -> None:
-        params = self._all_params()
-        dtype = vectors.scalar_dtype(params)
-        self._share_damping(torch.as_tensor(value, dtype=dtype, device=params[0].device))
-
-    def _share_damping(self, damping: Tensor) -> None:
-        for group in self.param_groups:
-            group["damping"] = damping
-
-    def own_damping(self, algorithm: DampingAlgorithm, **settings: float | None) -> None:
-        """Replace the algorithm that adapts the damping, until `release_damping`.
-
-        Groups and checkpoints keep the optimizer's own settings.
-
-        Args:
-            algorithm: What adapts the damping; "fixed" if somebody sets it from outside.
-            **settings: Arguments of the algorithm, as in the constructor; None for the optimizer's
-                own.
-
-        Raises:
-            RuntimeError: If the damping is owned already.
-            ValueError: If a setting is out of range.
-            TypeError: If a setting has the wrong type.
-        """
-        real = self._unwrapped()
-        assert isinstance(real, QLROptimizer)
-        if real._damping_settings is not None:
-            raise RuntimeError(f"The damping of {type(real).__name__} has an owner already.")
-        given = {name: value for name, value in settings.items() if value is not None}
-        owned = {"damping_algorithm": algorithm, **given}
-        real._check_group({**real.param_groups[0], **owned})
-        real._damping_settings = owned
-
-    def release_damping(self) -> None:
-        """Let the optimizer's own algorithm go on from the present damping."""
-        real = self._unwrapped()
-        assert isinstance(real, QLROptimizer)
-        real._damping_settings = None
-
-    def _settings(self) -> dict[str, Any]:
-        """Return the hyper-parameters in force: those of the first group, unless owned."""
-        group = self.param_groups[0]
-        return group if self._damping_settings is None else {**group, **self._damping_settings}
-
-    def _scalar(self, name: str, like: Tensor) -> Tensor:
-        """Return a number of the state, 0 if it is not there yet."""
-        return torch.as_tensor(self._scalars.get(name, 0.0), dtype=like.dtype, device=like.device)
 
     def wants_record(self) -> bool:
         """Tell whether the coming step needs curvature or a new loss."""
@@ -191,10 +115,6 @@ class QLROptimizer(CurvatureOptimizer):
         if schedule is not None:
             return schedule.every_step
         return int(self.param_groups[0][_CURVATURE]) == 1
-
-    def _damping_due(self) -> bool:
-        # In phase with the curvature, so that the ratio judges a fresh model where possible.
-        return self._settings()["damping_algorithm"] != "fixed" and self._due(_DAMPING)
 
     # One step
 
@@ -284,20 +204,6 @@ class QLROptimizer(CurvatureOptimizer):
             grads: Their gradients, zero if not ``usable``.
             usable: Boolean 0-dim tensor: whether the gradient is finite.
         """
-
-    def _scale_by_group_lr(self, params: list[Tensor], direction: list[Tensor]) -> float:
-        """Make the direction proportional to the groups' ``lr`` and return the largest."""
-        rates = [float(group["lr"]) for group in self.param_groups]
-        top = max(rates)
-        if top > 0 and any(rate != top for rate in rates):
-            relative = {
-                id(p): rate / top
-                for group, rate in zip(self.param_groups, rates, strict=True)
-                for p in group["params"]
-            }
-            for p, d in zip(params, direction, strict=True):
-                d.mul_(relative[id(p)])
-        return top
 
     def _line_search(
         self,
@@ -421,18 +327,7 @@ class QLROptimizer(CurvatureOptimizer):
         }
         return [decays[id(p)] for p in params]
 
-    def _decay(self, length: Tensor, top_lr: float) -> None:
-        """Shrink the weights as AdamW does, in proportion to the learning rate used."""
-        for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            if group["weight_decay"] != 0 and top_lr > 0 and params:
-                rate = length.clamp_min(0.0) * (float(group["lr"]) / top_lr * group["weight_decay"])
-                vectors.scale_(params, 1.0 - rate)
-
     # Damping
-
-    def _clamped(self, damping: Tensor, group: dict[str, Any]) -> Tensor:
-        return clamp(damping, group["min_damping"], group["max_damping"])
 
     def _adapt(
         self,

@@ -9,6 +9,7 @@ from lightning_curvature.oracle.protocol import (
     MissingCapabilityError,
     NoLossCapturedError,
     Oracle,
+    Quadratic,
 )
 from lightning_curvature.oracle.record import PassRecord
 from lightning_curvature.oracle.window import WindowOracle
@@ -23,6 +24,7 @@ __all__ = [
     "NoLossCapturedError",
     "Oracle",
     "PassRecord",
+    "Quadratic",
     "WindowOracle",
     "declare_loss",
     "extra_pass",

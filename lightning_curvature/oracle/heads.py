@@ -1,16 +1,7 @@
-r"""Loss heads: the curvature of each loss function in its own inputs.
+"""Loss heads: loss calls with their arguments by name, and the weights of their examples.
 
-A loss call l = loss(z, targets) with inputs z (the logits) and tangents u = J d contributes
-``c * u^T H u`` to d^T G d, where H is the Hessian of l in z and c = d(total loss) / d(l).
-Cross-entropy, negative log-likelihood, squared error and binary cross-entropy have closed forms;
-every other loss, and every call where more than the first input depends on the parameters, goes
-through a Hessian-vector product of the loss function alone.
-
-Two losses take log-probabilities or probabilities. Their literal Hessian is zero, or is not the
-Fisher, so they are treated as the cross-entropy they are part of: with z log-probabilities the
-softmax of z returns the probabilities, and d^T G d is exact.
-
-Index letters: n examples (and positions), k classes.
+The weights a_i are those of the examples (and positions, and outputs) in the total loss; `forms.py`
+and `sampling.py` build the curvature of each loss from them.
 """
 
 import inspect
@@ -21,7 +12,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from lightning_curvature.oracle.capture import DECLARED, RawCall, declare_loss
@@ -34,11 +24,9 @@ __all__ = [
     "bce_weights",
     "bind_loss",
     "cross_entropy_weights",
-    "generic_form",
     "kl_div_on_first_axis",
     "kl_div_weights",
     "mse_weights",
-    "quadratic_form",
 ]
 
 Arguments = dict[str, Any]
@@ -209,109 +197,3 @@ def kl_div_on_first_axis(z: Tensor) -> Tensor | None:
     # Where the log-probabilities sum to one.
     off_first, off_last = (z.logsumexp(dim).abs().max() for dim in (1, -1))
     return off_first < off_last
-
-
-def _softmax_variance(logits: Tensor, tangent: Tensor, dim: int) -> Tensor:
-    """Return u^T (diag p - p p^T) u per example, in the form that cannot cancel."""
-    p = torch.softmax(logits, dim)
-    mean = (p * tangent).sum(dim, keepdim=True)
-    return (p * (tangent - mean).square_()).sum(dim)
-
-
-def _cross_entropy(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    weights, dim = cross_entropy_weights(a, z, c)
-    return (weights * _softmax_variance(z, u, dim)).sum()
-
-
-def _mse(a: Arguments, z: Tensor, u: Tensor, c: Tensor, scaling: RegressionScaling) -> Tensor:
-    return (2.0 * u.square() * mse_weights(a, z, c, scaling)).sum()
-
-
-def _bce_with_logits(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    p = torch.sigmoid(z)
-    return (u.square() * p * (1 - p) * bce_weights(a, z, c)).sum()
-
-
-def _bce(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    # The Fisher of a Bernoulli in its probability; torch clamps the same product at 1e-12.
-    return (u.square() / (z * (1 - z)).clamp_min(1e-12) * bce_weights(a, z, c)).sum()
-
-
-def _kl_div(a: Arguments, z: Tensor, u: Tensor, c: Tensor, _: RegressionScaling) -> Tensor:
-    def on_axis(dim: int) -> Tensor:
-        weights, _ = kl_div_weights(a, z, c, dim)
-        return (weights * _softmax_variance(z, u, dim)).sum()
-
-    on_first = kl_div_on_first_axis(z)
-    total = on_axis(-1)
-    return total if on_first is None else torch.where(on_first, on_axis(1), total)
-
-
-_ClosedForm = Callable[[Arguments, Tensor, Tensor, Tensor, RegressionScaling], Tensor]
-
-_CLOSED_FORMS: dict[Callable[..., Any], _ClosedForm] = {
-    F.cross_entropy: _cross_entropy,
-    F.nll_loss: _cross_entropy,
-    F.mse_loss: _mse,
-    F.binary_cross_entropy_with_logits: _bce_with_logits,
-    F.binary_cross_entropy: _bce,
-    F.kl_div: _kl_div,
-}
-
-
-def _products(xs: Sequence[Tensor | None], us: Sequence[Tensor]) -> list[Tensor]:
-    return [(x * u).sum() for x, u in zip(xs, us, strict=True) if x is not None]
-
-
-def generic_form(
-    loss: BoundLoss, values: Sequence[Tensor], tangents: Sequence[Tensor], coefficient: Tensor
-) -> Tensor:
-    """Return ``c * u^T H u`` by differentiating the loss function alone twice.
-
-    Args:
-        loss: The loss call.
-        values: Its inputs z, in the order of ``loss.inputs``.
-        tangents: u, in the same order and of the same shapes.
-        coefficient: d(total loss) / d(this loss), of the shape of the loss.
-
-    Returns:
-        A 0-dim tensor.
-    """
-    with torch.enable_grad():
-        leaves = [at_least_float32(z.detach()).clone().requires_grad_() for z in values]
-        total = (coefficient * loss(leaves)).sum()
-        grads = torch.autograd.grad(total, leaves, create_graph=True, allow_unused=True)
-        slope = torch.stack(_products(grads, tangents)).sum()
-        if not slope.requires_grad:  # piecewise linear, such as the absolute error
-            return torch.zeros_like(slope)
-        products = torch.autograd.grad(slope, leaves, allow_unused=True)
-    terms = _products(products, tangents)
-    return torch.stack(terms).sum() if terms else torch.zeros_like(slope)
-
-
-def quadratic_form(
-    loss: BoundLoss,
-    values: Sequence[Tensor],
-    tangents: Sequence[Tensor],
-    coefficient: Tensor,
-    regression_scaling: RegressionScaling = "mean",
-) -> Tensor:
-    """Return the share ``c * u^T H u`` of one loss call in d^T G d.
-
-    Args:
-        loss: The loss call.
-        values: Its inputs z, in the order of ``loss.inputs``.
-        tangents: Directional derivatives u = J d of the inputs, same order and shapes.
-        coefficient: d(total loss) / d(this loss), of the shape of the loss.
-        regression_scaling: See `Oracle.directional`.
-
-    Returns:
-        A 0-dim tensor, in float32 or float64.
-    """
-    values = [at_least_float32(z) for z in values]
-    tangents = [at_least_float32(u) for u in tangents]
-    coefficient = at_least_float32(coefficient)
-    closed = _CLOSED_FORMS.get(loss.function)
-    if closed is None or loss.inputs != ("input",):
-        return generic_form(loss, values, tangents, coefficient)
-    return closed(loss.arguments, values[0], tangents[0], coefficient, regression_scaling)

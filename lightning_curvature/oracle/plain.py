@@ -112,7 +112,7 @@ class ModelOracle(ClosureOracle):
             self.records = []
             self._drop_finished()
             for attachment in self.attachments:
-                attachment.clear()
+                attachment.zeroed()
 
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():

@@ -4,17 +4,29 @@ Their graphs are there for a moment only, and whatever is computed on them needs
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, ClassVar, Literal, Protocol
 
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
 from lightning_curvature.oracle.labels import LabelSampler
 
-__all__ = ["HvpMethod", "Plan", "ProbePlan", "SamplePlan", "Squared"]
+__all__ = [
+    "FisherType",
+    "HvpMethod",
+    "LayerObserver",
+    "LayerPlan",
+    "Plan",
+    "ProbePlan",
+    "SamplePlan",
+    "Squared",
+]
 
 Squared = Literal["micro_batch", "window"]
 HvpMethod = Literal["double-backward", "fd"]
+FisherType = Literal["mc", "curvature-propagation", "type-2", "empirical"]
 
 
 @dataclass(frozen=True)
@@ -59,4 +71,62 @@ class ProbePlan:
     again: bool = False
 
 
-Plan = SamplePlan | ProbePlan
+class LayerObserver(Protocol):
+    """What learns about layers; it lives as long as the oracle and is told of every micro-batch."""
+
+    def edges(self) -> tuple[list[GradientEdge], list[Tensor]]:
+        """Return the places whose gradients are wanted: outputs of layers, and parameters."""
+
+    def observe(
+        self,
+        record: Any,
+        gradients: Sequence[tuple[list[Tensor | None], list[Tensor | None]]],
+        weights: Sequence[Tensor],
+    ) -> None:
+        """Take in one micro-batch.
+
+        Args:
+            record: The `PassRecord` it belongs to; its weight may not be known yet.
+            gradients: For every root the gradients of what `edges` returned, None where the losses
+                do not depend on it. The sum of their outer products is the curvature.
+            weights: Weights of the examples (and positions) in each loss.
+        """
+
+    def drop_finished(self, kept: Sequence[Any]) -> None:
+        """Forget the micro-batches whose gradient is gone.
+
+        Args:
+            kept: The records of those whose gradient is not.
+        """
+
+    def during_extra_pass(self) -> AbstractContextManager[None]:
+        """Watch the extra passes made inside, and nothing else."""
+
+
+@dataclass(frozen=True)
+class LayerPlan:
+    """Gradients of the outputs of layers under roots of the losses' curvature.
+
+    Attributes:
+        seed: Seed of labels and probes.
+        step: Number of the step.
+        observer: Names the layers, and takes their gradients in.
+        fisher_type: What the losses send back, see `layer_roots`.
+        num_samples: How many labels to draw per example; each costs one backward.
+        official_empirical_scaling: See `layer_roots`.
+        sampler: Class that draws.
+        again: Always on the graph of the main pass, where that can be.
+    """
+
+    again: ClassVar[bool] = False
+
+    seed: int
+    step: int
+    observer: LayerObserver
+    fisher_type: FisherType = "mc"
+    num_samples: int = 1
+    official_empirical_scaling: bool = False
+    sampler: type[LabelSampler] = LabelSampler
+
+
+Plan = SamplePlan | ProbePlan | LayerPlan

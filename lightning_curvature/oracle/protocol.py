@@ -15,6 +15,7 @@ __all__ = [
     "MissingCapabilityError",
     "NoLossCapturedError",
     "Oracle",
+    "Quadratic",
     "RegressionScaling",
 ]
 
@@ -42,6 +43,19 @@ class Directional(NamedTuple):
     curvature: Tensor
 
 
+class Quadratic(NamedTuple):
+    """The loss along k directions: first and second derivatives.
+
+    Attributes:
+        slopes: <grad, d> of each direction d, shape ``[k]``, measured by the extra pass itself.
+        matrix: d^T C e of all directions d and e without damping, shape ``[k, k]``, symmetric,
+            averaged exactly like the loss.
+    """
+
+    slopes: Tensor
+    matrix: Tensor
+
+
 class Attachment(Protocol):
     """Something that watches the passes for an optimizer and lives as long as its oracle."""
 
@@ -50,6 +64,9 @@ class Attachment(Protocol):
 
     def close(self) -> None:
         """Undo what was installed."""
+
+    def zeroed(self) -> None:
+        """Hear that the gradients were set to zero."""
 
 
 class Oracle(ABC):
@@ -75,6 +92,11 @@ class Oracle(ABC):
 
     def __init__(self) -> None:
         self.attachments: list[Attachment] = []
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks that answers are averaged over."""
+        return 1
 
     @property
     @abstractmethod
@@ -116,6 +138,30 @@ class Oracle(ABC):
                 differences, which move the parameters for a while, their own.
         """
 
+    def quadratic(
+        self,
+        directions: Sequence[Sequence[Tensor]],
+        *,
+        grad_slopes: Tensor | None = None,
+        curvature: CurvatureKind = "fisher",
+        regression_scaling: RegressionScaling = "mean",
+        saved: Sequence[Tensor] | None = None,
+    ) -> Quadratic:
+        """Return the loss to second order in the span of some directions; one pass for each.
+
+        `directional` is the case of one direction. Directions of zeros give exact zeros.
+
+        Args:
+            directions: At least one; each has one tensor per parameter that has a gradient, as told
+                to `select`. The self-check watches the first.
+            grad_slopes: <grad, d> of each direction as the optimizer sees it, shape ``[k]``, for
+                the self-check; None if unknown.
+            curvature: See `directional`.
+            regression_scaling: See `directional`.
+            saved: See `directional`.
+        """
+        raise NotImplementedError
+
     @abstractmethod
     def hvp(
         self, directions: Sequence[Tensor], *, method: HvpMethod = "double-backward"
@@ -140,6 +186,10 @@ class Oracle(ABC):
         It comes from gradients under labels drawn from the model, as `plan` says; one tensor per
         parameter that has a gradient, averaged over the ranks already.
         """
+        raise NotImplementedError
+
+    def see_layers(self) -> None:
+        """Make sure that the observer of a `LayerPlan` has seen every micro-batch of the step."""
         raise NotImplementedError
 
     def gradient(self) -> list[Tensor]:

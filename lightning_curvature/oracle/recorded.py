@@ -4,7 +4,8 @@ Losses, gradients and samples; `window.py` adds what needs a second look along a
 """
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,8 @@ from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
 from lightning_curvature.oracle.extra_pass import ContextFactory, marked
 from lightning_curvature.oracle.hidden import hidden_parameters
-from lightning_curvature.oracle.plans import ProbePlan, SamplePlan
+from lightning_curvature.oracle.layer_gradients import layer_gradients
+from lightning_curvature.oracle.plans import LayerPlan, ProbePlan, SamplePlan
 from lightning_curvature.oracle.products import gradients
 from lightning_curvature.oracle.protocol import Oracle
 from lightning_curvature.oracle.ranks import mean_over_ranks, rank, world_size
@@ -74,6 +76,7 @@ class RecordedOracle(Oracle):
         self._warned: set[str] = set()
         self._samples = WindowSamples()
         self._products: WindowProducts | None = None
+        self._layer_calls = 0
         self._hidden: set[int] | None = None
         # Of parameters that came while the main passes ran nothing was computed.
         self._incomplete = False
@@ -123,6 +126,8 @@ class RecordedOracle(Oracle):
             try:
                 if isinstance(plan, ProbePlan):
                     self._probe(plan, record, total)
+                elif isinstance(plan, LayerPlan):
+                    self._see_layers(plan, record, terms)
                 elif terms:
                     self._draw(plan, record, terms)
             except (NotImplementedError, RuntimeError) as error:
@@ -152,6 +157,7 @@ class RecordedOracle(Oracle):
 
     def _forget(self) -> None:
         self.records = []
+        self._layer_calls = 0
         self._base_loss = None
         self._samples = WindowSamples()
         self._products = None
@@ -163,8 +169,16 @@ class RecordedOracle(Oracle):
         self._samples.drop_finished(kept)
         if self._products is not None:
             self._products.drop_finished(kept)
+        plan = self.plan() if self.plan is not None else None
+        if isinstance(plan, LayerPlan):
+            plan.observer.drop_finished(kept)
 
     # Ranks
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks that answers are averaged over."""
+        return 1 if self._mean is None else world_size()
 
     def mean_(self, packed: Tensor) -> Tensor:
         """Average a tensor of packed scalars over the ranks; one collective."""
@@ -257,21 +271,55 @@ class RecordedOracle(Oracle):
             self.params,
             self._active,
             self.mean_vectors,
-            world_size() if self._mean is not None else 1,
+            self.num_ranks,
         )
 
     def _sample_again(self, plan: SamplePlan, record: PassRecord) -> None:
+        with self._terms_again(record) as terms:
+            self._draw(plan, record, terms)
+
+    @contextmanager
+    def _terms_again(self, record: PassRecord) -> Iterator[list[LossTerm]]:
+        """Run a pass again and give its losses, connected to a new graph."""
         with (
             torch.enable_grad(),
             eager(),
             LossCapture() as capture,
             self._replay.running(record),
         ):
-            terms = [
+            yield [
                 LossTerm(term.index, loss, term.coefficient, None)
                 for term, loss in matched_terms(record, capture.calls)
             ]
-            self._draw(plan, record, terms)
+
+    def see_layers(self) -> None:
+        """Make sure that the observer of the plan has seen every micro-batch of the step.
+
+        Raises:
+            NoLossCapturedError: If the curvature of the loss is unknown.
+            RuntimeError: If nothing was planned.
+        """
+        plan = self.plan() if self.plan is not None else None
+        if not isinstance(plan, LayerPlan):
+            raise RuntimeError("Nothing about layers was planned for this step.")
+        self._check_reached()
+        self._check_captured()
+        if not (self._passes_again or self._incomplete):
+            return
+        plan.observer.drop_finished([])
+        with plan.observer.during_extra_pass():
+            for record in self._recorded():
+                with self._terms_again(record) as terms:
+                    self._see_layers(plan, record, terms)
+
+    def _see_layers(self, plan: LayerPlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
+        self._layer_calls += 1
+        own = rank() if self._mean is not None else 0
+        edges, params = plan.observer.edges()
+        with torch.enable_grad(), marked():
+            found = layer_gradients(terms, edges, params, plan, (own, self._layer_calls - 1))
+        if found is not None:
+            plan.observer.observe(record, *found)
 
     def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
         # The gradients of one micro-batch wait until its weight is known, not those of all.

@@ -115,6 +115,14 @@ SOPHIA: dict[str, Any] = {
     "hessian_update_interval": PERIOD,
 }
 
+# Inverses after the warm-up come from older factors, as in a long run.
+KFAC: dict[str, Any] = {
+    "damping": 0.1,
+    "factor_warmup": 2,
+    "inverse_update_interval": PERIOD,
+    "damping_update_interval": PERIOD,
+}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},
     "sgdqlr": {"quiet": {"max_failures": NEVER}},
@@ -145,6 +153,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
         },
         "quiet": {"max_failures": NEVER},
     },
+    "kfac": {"options": KFAC, "exact": {"fisher_type": "type-2"}, "quiet": {"max_failures": NEVER}},
+    "ekfac": {"options": KFAC, "exact": {"fisher_type": "type-2"}, "quiet": {"max_failures": NEVER}},
     "sophiag": {
         "options": {**SOPHIA, "rho": 1.0},
         "exact": {"squared": "window"},

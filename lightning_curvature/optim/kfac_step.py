@@ -1,0 +1,344 @@
+"""KFACStep: learning rate, momentum and damping from a quadratic model over two directions.
+
+James Martens and Roger Grosse, "Optimizing Neural Networks with Kronecker-factored Approximate
+Curvature", ICML 2015, arXiv:1503.05671, sections 6 and 7, as google-deepmind/kfac-jax does it.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_curvature import vectors
+from lightning_curvature.curvature.damping import levenberg_marquardt
+from lightning_curvature.curvature.quadratic import reduction_ratio
+from lightning_curvature.curvature.quadratic_solve import quadratic_change, solve_coefficients
+from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.gradient import Gradient, clip_factor
+from lightning_curvature.optim.kfac_arguments import check_arguments
+from lightning_curvature.optim.kronecker import KroneckerOptimizer
+from lightning_curvature.oracle.protocol import Oracle
+
+__all__ = ["KFACStep"]
+
+_CURVATURE = "curvature_update_interval"
+_WATCHED = {
+    "skipped_refreshes": (
+        1,
+        "{name} kept old factors {count} times: activations or output gradients of a layer were "
+        "not finite. stats['skipped_refreshes'] goes on counting.",
+    ),
+}
+
+
+class _Model(NamedTuple):
+    """The quadratic model over (Delta, v), or over one direction.
+
+    Attributes:
+        matrix: V^T C V with the penalty's share, without damping.
+        squares: V^T V.
+        slopes: V^T grad.
+    """
+
+    matrix: Tensor
+    squares: Tensor
+    slopes: Tensor
+
+    def damped(self, damping: Tensor) -> Tensor:
+        """Return V^T (C + damping I) V."""
+        return self.matrix + damping * self.squares
+
+
+class KFACStep(KroneckerOptimizer):
+    """Base of K-FAC and EK-FAC: what happens with the preconditioned gradient.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Hyper-parameters, as in `KFAC`.
+    """
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        check_arguments(defaults)
+        super().__init__(params, defaults)
+
+    def _check_group(self, group: dict[str, Any]) -> None:
+        damping = group["damping"]
+        check_arguments(
+            {**group, "damping": float(damping)} if isinstance(damping, Tensor) else group
+        )
+
+    def _new_failure_counter(self, *, resumed: bool = False) -> FailureCounter:
+        limit = int(self.param_groups[0]["max_failures"])
+        return FailureCounter(
+            type(self).__name__,
+            limit,
+            cause="gradient, curvature or preconditioned gradient was not finite",
+            advice="raise damping or min_damping",
+            watched=_WATCHED,
+            resumed=resumed,
+        )
+
+    def wants_record(self) -> bool:
+        """Tell whether the coming step looks at its batches again, or at their layers."""
+        return self._factors_due() or self._model_due() or self._looks_back()
+
+    def _adaptive(self) -> bool:
+        group = self.param_groups[0]
+        return bool(group["adaptive_lr"] or group["adaptive_momentum"])
+
+    def _model_due(self) -> bool:
+        """Tell whether coefficients are derived anew."""
+        return self._adaptive() and (self._due(_CURVATURE) or "alpha" not in self._scalars)
+
+    def _damping_due(self) -> bool:
+        # At the end of an interval: the inverses that come next know the new damping.
+        if self._settings()["damping_algorithm"] == "fixed":
+            return False
+        name = self.damping_interval
+        if name in self._schedules:
+            return self._due(name)
+        return (self._steps_done + 1) % int(self.param_groups[0][name]) == 0
+
+    def _looks_back(self) -> bool:
+        """Tell whether the loss after the step is evaluated."""
+        return self._damping_due() or bool(self.param_groups[0]["step_rejection"])
+
+    # One step
+
+    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
+        assert oracle is not None
+        self._find_layers()
+        group = self.param_groups[0]
+        dtype = vectors.scalar_dtype(params)
+        damping = torch.as_tensor(group["damping"], dtype=dtype, device=params[0].device)
+        # Extra passes run user code: whatever it raises, the weights are those before the step.
+        looks = self._model_due() or self._looks_back()
+        saved = vectors.clone(params) if looks else None
+        try:
+            counts = self._step_with(params, oracle, damping, saved)
+        except BaseException:
+            if saved is not None:
+                vectors.copy_(params, saved)
+            raise
+        self._failures.check(counts, self._steps_done + 1, self.stats)
+
+    def _step_with(
+        self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Take the step; return the counts of unusable ones."""
+        group = self._settings()
+        gradient = Gradient.read(params, maximize=group["maximize"])
+        stats = {"grad_norm": gradient.norm}
+        if self._factors_due():
+            self._refresh_factors(oracle, gradient.finite, stats)
+        if self._inverses_due():
+            self._refresh_inverses(oracle, damping + group["l2_reg"], stats)
+        total_damping = damping + group["l2_reg"]
+        delta = self._blockwise(params, gradient.values, total_damping, oracle)
+        top_lr = self._scale_by_group_lr(params, delta)
+        velocity = self._velocities(params)
+        coefficients, model, found = self._coefficients(
+            params, oracle, delta, velocity, damping, gradient, top_lr, stats, saved
+        )
+        usable = gradient.finite & found
+        coefficients = torch.where(usable, coefficients, torch.zeros_like(coefficients))
+        update = _combined(delta, velocity, coefficients)
+        stats["update_norm"] = vectors.norm(update)
+        if self._looks_back() and model is None:
+            model = self._model(params, oracle, [update], gradient, saved)
+            coefficients = torch.ones_like(model.slopes)
+        vectors.add_scaled_(params, update, torch.ones_like(damping))
+        raised = self._clamped(damping * group["damping_increase_factor"], group)
+        kept, adapted = usable, damping
+        if self._looks_back():
+            assert model is not None
+            assert saved is not None
+            adapted, kept = self._look_back(params, oracle, damping, coefficients, model, stats)
+            for now, old in zip(params, saved, strict=True):
+                now.copy_(torch.where(kept, now, old))
+            kept = kept & usable
+        for old, new in zip(velocity, update, strict=True):
+            old.copy_(torch.where(kept, new, old))
+        length = torch.where(kept, stats["lr"], torch.zeros_like(stats["lr"]))
+        self._decay(length, top_lr)
+        if group["damping_algorithm"] != "fixed":
+            adapted = torch.where(found, adapted, raised)
+            self._share_damping(torch.where(gradient.finite, adapted, damping))
+        return self._finish(oracle, damping, usable, stats)
+
+    def _finish(
+        self, oracle: Oracle, damping: Tensor, usable: Tensor, stats: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        names = ("failures", "skipped_steps", "skipped_refreshes")
+        counts = {name: self._scalar(name, damping) for name in names}
+        if oracle.ready:
+            stats["loss"] = oracle.base_loss()
+        new = stats["damping"] = self.param_groups[0]["damping"]
+        self._failures.update(counts, usable, stats)
+        self._scalars.update(counts)
+        for name in names[1:]:
+            stats[name] = self._scalars[name]
+        self.stats = {**self.stats, **stats}
+        if self._adaptive() and self._due(_CURVATURE):
+            self._refreshed(_CURVATURE, stats.get("curvature_drift"))
+        if self._damping_due():
+            owned = self.damping_interval in self._schedules
+            self._refreshed(
+                self.damping_interval, (new - damping).abs() / damping if owned else None
+            )
+        return counts
+
+    def _velocities(self, params: list[Tensor]) -> list[Tensor]:
+        """Return the last updates, in at least float32."""
+        for p in params:
+            if "velocity" not in self.state[p]:
+                self.state[p]["velocity"] = torch.zeros_like(
+                    p, dtype=vectors.scalar_dtype([p]), memory_format=torch.preserve_format
+                )
+        return [self.state[p]["velocity"] for p in params]
+
+    # The model
+
+    def _coefficients(
+        self,
+        params: list[Tensor],
+        oracle: Oracle,
+        delta: list[Tensor],
+        velocity: list[Tensor],
+        damping: Tensor,
+        gradient: Gradient,
+        top_lr: float,
+        stats: dict[str, Tensor],
+        saved: list[Tensor] | None,
+    ) -> tuple[Tensor, _Model | None, Tensor]:
+        """Return w = (-alpha, beta), the model they come from, and whether they are usable."""
+        group = self.param_groups[0]
+        like = damping
+        first = None if group["adaptive_lr"] else torch.full_like(like, -top_lr)
+        second = None if group["adaptive_momentum"] else torch.full_like(like, group["momentum"])
+        model = None
+        if self._model_due():
+            model = self._model(params, oracle, [delta, velocity], gradient, saved)
+            answer = solve_coefficients(
+                model.damped(damping), model.slopes, first=first, second=second
+            )
+            w, found = answer.values, answer.found
+            old = [self._scalar(name, like) for name in ("alpha", "beta")]
+            sound = found & gradient.finite
+            self._scalars["alpha"] = torch.where(sound, -w[0], old[0])
+            self._scalars["beta"] = torch.where(sound, w[1], old[1])
+            stats["curvature"] = model.matrix[0, 0]
+            stats["slope"] = model.slopes[0]
+        else:
+            if self._adaptive():
+                first = -self._scalar("alpha", like) if first is None else first
+                second = self._scalar("beta", like) if second is None else second
+            assert first is not None
+            assert second is not None
+            w, found = torch.stack([first, second]), torch.ones_like(gradient.finite)
+        if not group["adaptive_lr"] and group["norm_constraint"] is not None:
+            w = self._constrained(w, delta, gradient, float(group["norm_constraint"]), stats)
+        if group["adaptive_lr"]:
+            w = w * w.new_tensor([top_lr, top_lr if group["adaptive_momentum"] else 1.0])
+        stats["lr"], stats["momentum"] = -w[0], w[1]
+        found = found & torch.isfinite(vectors.dot(delta, delta)) & torch.isfinite(w).all()
+        return w, model, found
+
+    def _constrained(
+        self,
+        w: Tensor,
+        delta: list[Tensor],
+        gradient: Gradient,
+        limit: float,
+        stats: dict[str, Tensor],
+    ) -> Tensor:
+        """Shorten the step along Delta to ``alpha^2 <Delta, grad> <= limit``."""
+        size = w[0].square() * vectors.dot(delta, gradient.values)
+        stats["scaled_grad_norm_sq"] = size
+        factor = clip_factor(size.clamp_min(0.0).sqrt(), limit**0.5)
+        return torch.stack([w[0] * factor, w[1]])
+
+    def _model(
+        self,
+        params: list[Tensor],
+        oracle: Oracle,
+        directions: list[list[Tensor]],
+        gradient: Gradient,
+        saved: list[Tensor] | None,
+    ) -> _Model:
+        """Return the quadratic model of the loss over one or two directions."""
+        group = self.param_groups[0]
+        clipped = torch.stack([vectors.dot(gradient.values, d) for d in directions])
+        slopes = oracle.grad_slope(clipped)
+        squares = _gram(directions, directions)
+        if group["quad_model"] == "factors":
+            with_c = [self._blockwise(params, d, None, oracle) for d in directions]
+            matrix = _gram(directions, with_c)
+            slopes = clipped if slopes is None else slopes
+        else:
+            answer = oracle.quadratic(
+                directions,
+                grad_slopes=None if slopes is None else slopes / gradient.factor,
+                saved=saved,
+            )
+            matrix = answer.matrix.to(squares.dtype)
+            # Asked anew: the answer may have shown that the gradient was clipped.
+            slopes = oracle.grad_slope(clipped)
+            if slopes is None:
+                slopes = answer.slopes.to(squares.dtype) * gradient.factor
+        return _Model(matrix + group["l2_reg"] * squares, squares, slopes)
+
+    # Damping
+
+    def _look_back(
+        self,
+        params: list[Tensor],
+        oracle: Oracle,
+        damping: Tensor,
+        coefficients: Tensor,
+        model: _Model,
+        stats: dict[str, Tensor],
+    ) -> tuple[Tensor, Tensor]:
+        """Look at the new loss; return the next damping and whether the step was kept."""
+        group = self._settings()
+        matrix = model.damped(damping) if group["include_damping_in_quad_change"] else model.matrix
+        predicted = quadratic_change(coefficients, matrix, model.slopes)
+        new_loss = oracle.loss().to(damping.dtype)
+        old_loss = oracle.base_loss().to(damping.dtype)
+        sign = -1.0 if group["maximize"] else 1.0
+        ratio = reduction_ratio(sign * new_loss, sign * old_loss, predicted)
+        stats.update(new_loss=new_loss, quad_model_change=predicted, reduction_ratio=ratio)
+        finite = torch.isfinite(new_loss)
+        kept = finite | ~torch.isfinite(old_loss)
+        if group["step_rejection"]:
+            kept = kept & ~(sign * new_loss > sign * old_loss)
+            stats["step_rejected"] = (~kept).to(damping.dtype)
+        if self._damping_due():
+            damping = levenberg_marquardt(
+                damping,
+                ratio,
+                increase_factor=group["damping_increase_factor"],
+                decrease_factor=group["damping_decrease_factor"],
+                failed=~finite,
+            )
+            damping = self._clamped(damping, group)
+        rejected = damping * group["rejection_increase_factor"]
+        damping = torch.where(kept, damping, rejected)
+        return damping, kept
+
+
+def _combined(delta: list[Tensor], velocity: list[Tensor], w: Tensor) -> list[Tensor]:
+    """Return ``w1 Delta + w2 v`` in the place of Delta."""
+    idle = w[0] == 0
+    for d in delta:
+        # Not finite times zero would not be zero.
+        d.masked_fill_(idle, 0.0)
+    vectors.scale_(delta, w[0])
+    vectors.add_scaled_(delta, velocity, w[1])
+    return delta
+
+
+def _gram(left: list[list[Tensor]], right: list[list[Tensor]]) -> Tensor:
+    """Return the inner products of vectors, symmetric."""
+    products = torch.stack([torch.stack([vectors.dot(x, y) for y in right]) for x in left])
+    return (products + products.mT) / 2

@@ -1,0 +1,463 @@
+"""KroneckerOptimizer: gradients times the inverse of a block-diagonal curvature matrix."""
+
+import logging
+from abc import abstractmethod
+from collections.abc import Mapping
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from lightning_curvature import vectors
+from lightning_curvature.curvature.factor_window import FactorWindow
+from lightning_curvature.curvature.kronecker import (
+    Refreshed,
+    State,
+    averaged,
+    averaged_diagonal,
+    basis_of,
+    multiplied,
+    preconditioned,
+)
+from lightning_curvature.curvature.kronecker_blocks import BlockInfo, Blocks
+from lightning_curvature.curvature.kronecker_memory import MemoryEstimate, estimate_memory
+from lightning_curvature.curvature.kronecker_shares import Shares
+from lightning_curvature.curvature.layer_rows import from_matrix, to_matrix
+from lightning_curvature.optim.damped import DampedOptimizer
+from lightning_curvature.optim.inverse_failures import InverseFailures
+from lightning_curvature.optim.saved_blocks import check_saved_blocks, entries_of, states_of
+from lightning_curvature.optim.saved_state import STATE_KEY
+from lightning_curvature.oracle.plans import LayerPlan, Plan
+from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.replay import is_compiled
+
+__all__ = ["KroneckerOptimizer"]
+
+_FACTORS, _INVERSES = "factor_update_interval", "inverse_update_interval"
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+_log = logging.getLogger(__name__)
+
+
+class KroneckerOptimizer(DampedOptimizer):
+    """Base of K-FAC and EK-FAC: everything about the curvature matrix.
+
+    Args:
+        params: Parameters or parameter groups.
+        defaults: Hyper-parameters, as in `KFAC`.
+    """
+
+    asks = frozenset({"loss", "directional", "layers", "sampled"})
+    state_names: ClassVar[tuple[str, ...]] = ("velocity",)
+
+    def __init__(self, params: Any, defaults: dict[str, Any]) -> None:
+        self._forget_layers()
+        self._states: dict[str, State] = {}
+        self._diagonals: dict[int, State] = {}
+        # Of a checkpoint, until it is known whose they are.
+        self._saved: dict[str, Any] | None = None
+        super().__init__(params, defaults)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Restore a pickle or deep copy; it has to be attached anew."""
+        if "_window" not in self.__dict__:
+            self._forget_layers()
+            self._states, self._diagonals, self._saved = {}, {}, None
+        super().__setstate__(state)
+
+    def _forget_layers(self) -> None:
+        self._window: FactorWindow | None = None
+        self._compiled = False
+        self._shares: Shares | None = None
+        self._inverse_failures = InverseFailures(type(self).__name__)
+
+    # Attaching
+
+    def attach(self, oracle: Oracle) -> None:
+        """Give the optimizer the oracle it will ask, and watch the layers of its module.
+
+        Args:
+            oracle: Oracle over the parameters of this optimizer.
+
+        Raises:
+            MissingCapabilityError: If the oracle does not know the module.
+            ValueError: If a loaded state belongs to other layers.
+        """
+        real = self._unwrapped()
+        if real is not self:
+            real.attach(oracle)
+            return
+        if oracle.module is None:
+            raise MissingCapabilityError(
+                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
+                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
+                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
+                "a Trainer."
+            )
+        super().attach(oracle)
+        try:
+            self._watch(oracle)
+        except BaseException:
+            self.detach()
+            raise
+        self._tell()
+
+    def detach(self) -> None:
+        """Remove the oracle and the hooks on the layers."""
+        super().detach()
+        if self._unwrapped() is self:
+            self._forget_layers()
+
+    def _watch(self, oracle: Oracle) -> None:
+        """Install the hooks and find the blocks of a loaded state."""
+        assert oracle.module is not None
+        group = self.param_groups[0]
+        self._compiled = is_compiled(oracle.module)
+        without = frozenset() if self._saved is None else frozenset(self._saved["bypassed"])
+        self._window = FactorWindow(
+            oracle.module,
+            self._all_params(),
+            self._watches_main_pass,
+            max_factor_dim=group["max_factor_dim"],
+            kfac_approx=group["kfac_approx"],
+            without=without,
+        )
+        oracle.attachments.append(self._window)
+        if self._saved is not None:
+            where = self._cannot_load
+            self._states, self._diagonals = states_of(
+                self._window.parts, self._saved, self._all_params(), where=where
+            )
+            self._saved = None
+        self._share()
+
+    def _share(self) -> None:
+        assert self._window is not None
+        assert self.oracle is not None
+        known = self._window.parts.blocks
+        self._states = {name: state for name, state in self._states.items() if name in known}
+        self._window.bases = {name: basis_of(state) for name, state in self._states.items()}
+        self._shares = Shares(
+            known,
+            self.oracle.num_ranks,
+            self.param_groups[0]["inverse_sharding"],
+            dtype=vectors.scalar_dtype(self._all_params()),
+            in_eigenbasis=self._in_eigenbasis,
+            corrected=self._corrected,
+        )
+
+    @property
+    def _parts(self) -> Blocks:
+        assert self._window is not None
+        return self._window.parts
+
+    @property
+    def fallback_parameters(self) -> list[str]:
+        """Names of the parameters that are in no layer's block; empty while nothing is attached."""
+        real = self._unwrapped()
+        assert isinstance(real, KroneckerOptimizer)
+        if real._window is None:
+            return []
+        return [real._parts.names[number] for number in real._parts.fallback]
+
+    def memory_estimate(self) -> MemoryEstimate:
+        """Return how much memory factors, inverses and momentum take on this rank, in bytes.
+
+        Raises:
+            RuntimeError: If no model is attached.
+        """
+        real = self._unwrapped()
+        assert isinstance(real, KroneckerOptimizer)
+        if real._window is None or real._shares is None:
+            raise RuntimeError(
+                f"{type(real).__name__} does not know the layers yet: attach a model first."
+            )
+        return estimate_memory(
+            real._parts,
+            real._all_params(),
+            real._shares,
+            factor_dtype=real._factor_dtype,
+            corrected=real._corrected,
+            in_eigenbasis=real._in_eigenbasis,
+        )
+
+    def _tell(self) -> None:
+        """Log what there is to know before the first batch; warn if it will not fit."""
+        name, parts = type(self).__name__, self._parts
+        estimate = self.memory_estimate()
+        _log.info(f"{name}: {estimate}")
+        estimate.warn_if_too_large(name, self._all_params()[0].device)
+        if parts.fallback:
+            lines = ", ".join(f"{parts.names[n]} ({of})" for n, of in parts.fallback.items())
+            _log.info(f"{name}: no layer block, a diagonal instead, for {lines}.")
+        for block in parts.blocks.values():
+            for label, side in (("input", block.input), ("output", block.output)):
+                if side.kind != "dense" and not (block.is_embedding and label == "input"):
+                    kept = "its diagonal" if side.kind == "diagonal" else f"{side.cuts} blocks"
+                    _log.info(
+                        f"{name}: the {label} factor of {block.name} has {side.size} rows, more "
+                        f"than max_factor_dim; {kept} of it are kept."
+                    )
+
+    # What a step needs
+
+    @property
+    def _corrected(self) -> bool:
+        """Whether the eigenvalues are corrected."""
+        return False
+
+    @property
+    @abstractmethod
+    def _in_eigenbasis(self) -> bool:
+        """Whether eigenbases are kept instead of inverses."""
+
+    @abstractmethod
+    def _refreshed_block(self, info: BlockInfo, state: State, damping: Tensor) -> Refreshed:
+        """Return a new inverse of a block.
+
+        Args:
+            info: The block.
+            state: Its state.
+            damping: What is added to it.
+        """
+
+    @property
+    def _factor_dtype(self) -> torch.dtype:
+        chosen = _DTYPES.get(self.param_groups[0]["factor_dtype"])
+        return vectors.scalar_dtype(self._all_params()) if chosen is None else chosen
+
+    def _in_warmup(self) -> bool:
+        return self._steps_done < int(self.param_groups[0]["factor_warmup"])
+
+    def _factors_due(self) -> bool:
+        return self._in_warmup() or self._due(_FACTORS)
+
+    def _inverses_due(self) -> bool:
+        missing = self._shares is not None and any(
+            name not in self._states or self._lacks_inverse(name) for name in self._shares.own
+        )
+        return self._in_warmup() or missing or self._due(_INVERSES)
+
+    def _inverts_always(self) -> bool:
+        """Whether an inverse serves for one step only, and on this rank."""
+        group = self.param_groups[0]
+        always = int(group[_INVERSES]) == 1 and _INVERSES not in self._schedules
+        return always and group["inverse_sharding"] == "none"
+
+    def _lacks_inverse(self, name: str) -> bool:
+        state = self._states[name]
+        kept = ("a_inverse", "a_cholesky", "a_values")
+        return "a_factor" in state and not any(key in state for key in kept)
+
+    def _watches_main_pass(self) -> bool:
+        # Hooks inside a compiled region are unreliable: there an extra pass is made.
+        return not self._compiled and self._factors_due()
+
+    def plan(self) -> Plan | None:
+        """Tell whether and how the coming step looks at the layers."""
+        if self._window is None or not self._factors_due():
+            return None
+        group = self.param_groups[0]
+        return LayerPlan(
+            seed=int(group["seed"]),
+            step=self._steps_done,
+            observer=self._window,
+            fisher_type=group["fisher_type"],
+            num_samples=int(group["mc_samples"]),
+            official_empirical_scaling=bool(group["official_empirical_scaling"]),
+        )
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group; its layers count from the next refresh on.
+
+        Args:
+            param_group: As for every torch optimizer.
+
+        Raises:
+            ValueError: If an argument is out of range, or differs from the other groups though it
+                is one value for all.
+        """
+        super().add_param_group(param_group)
+        self._find_layers()
+
+    def _find_layers(self) -> None:
+        """Look whether there are other parameters; some callbacks write to ``param_groups``."""
+        if self._window is None or self.oracle is None:
+            return
+        if [id(p) for p in self._window.params] == [id(p) for p in self._all_params()]:
+            return
+        old = {id(p): number for number, p in enumerate(self._window.params)}
+        self.oracle.attachments.remove(self._window)
+        self._window.close()
+        kept = {
+            id(p): self._diagonals[old[id(p)]]
+            for p in self._all_params()
+            if old.get(id(p)) in self._diagonals
+        }
+        self._saved = None
+        self._watch(self.oracle)
+        self._diagonals = {
+            number: kept[id(p)] for number, p in enumerate(self._all_params()) if id(p) in kept
+        }
+
+    # Factors
+
+    def _refresh_factors(self, oracle: Oracle, usable: Tensor, stats: dict[str, Tensor]) -> None:
+        """Put the statistics of this step into the averages, unless they are not finite."""
+        window = self._window
+        assert window is not None
+        oracle.see_layers()
+        before = len(window.without)
+        sums = window.collect(oracle)
+        if len(window.without) != before:
+            bypassed = ", ".join(window.parts.names[number] for number in sorted(window.without))
+            _log.info(
+                f"{type(self).__name__}: {bypassed} is used without calling its layer; a diagonal "
+                "takes the place of the block."
+            )
+            self._share()
+        decay = 1.0 if self._in_warmup() else float(self.param_groups[0]["factor_decay"])
+        changes: list[Tensor] = []
+        failures: list[Tensor] = []
+        for name, found in sums.blocks.items():
+            finite = torch.isfinite(found.a_sum.sum() + found.g_sum.sum())
+            if found.squares is not None:
+                finite = finite & torch.isfinite(found.squares.sum())
+            old = self._states.get(name, {})
+            new = averaged(old, found, decay, usable & finite, self._factor_dtype)
+            failures.append(~finite)
+            if old and _FACTORS in self._schedules:
+                changes += [
+                    (new[key] - old[key]).float().norm() / old[key].float().norm()
+                    for key in ("a_factor", "g_factor")
+                ]
+            self._states[name] = new
+        for number, squares in sums.diagonals.items():
+            finite = torch.isfinite(squares.sum())
+            old = self._diagonals.get(number, {})
+            self._diagonals[number] = averaged_diagonal(old, squares, decay, usable & finite)
+            failures.append(~finite)
+        drift = torch.stack(changes).mean() if changes else None
+        if drift is not None:
+            stats["curvature_drift"] = drift
+        skipped = self._scalar("skipped_refreshes", stats["grad_norm"])
+        failed = torch.stack(failures).any() if failures else torch.zeros_like(usable)
+        self._scalars["skipped_refreshes"] = skipped + failed.to(skipped)
+        if self._due(_FACTORS):
+            self._refreshed(_FACTORS, drift)
+
+    def _refresh_inverses(self, oracle: Oracle, damping: Tensor, stats: dict[str, Tensor]) -> None:
+        """Invert the blocks of this rank, and hear of the others; waits for the device."""
+        assert self._shares is not None
+        new: dict[str, Refreshed] = {}
+        for name in self._shares.own:
+            state = self._states.get(name, {})
+            if "a_factor" in state:
+                new[name] = self._refreshed_block(self._parts.blocks[name], state, damping)
+        found, good = self._shares.exchanged(oracle, self._states, new)
+        for name, fine in good.items():
+            if fine:
+                self._states[name] = {**self._states[name], **found[name]}
+        retries = sum(refreshed.retries for refreshed in new.values())
+        self._inverse_failures.add([n for n, fine in good.items() if not fine], retries)
+        for key, count in self._inverse_failures.counts().items():
+            stats[key] = torch.full_like(damping, count)
+        assert self._window is not None
+        self._window.bases = {name: basis_of(state) for name, state in self._states.items()}
+        if self._due(_INVERSES):
+            self._refreshed(_INVERSES, None)
+
+    # Products
+
+    def _blockwise(
+        self, params: list[Tensor], values: list[Tensor], damping: Tensor | None, oracle: Oracle
+    ) -> list[Tensor]:
+        """Multiply a vector with the inverse of the damped matrix, or with the matrix.
+
+        Args:
+            params: Parameters the vector has components of.
+            values: The vector.
+            damping: What is added to the matrix; None to multiply with the matrix itself.
+            oracle: Knows the other ranks.
+        """
+        assert self._shares is not None
+        numbers = {id(p): number for number, p in enumerate(self._all_params())}
+        own = {numbers[id(p)]: x for p, x in zip(params, values, strict=True)}
+        result = {n: torch.zeros_like(x, dtype=vectors.scalar_dtype([x])) for n, x in own.items()}
+        names = self._parts.blocks if damping is None else self._shares.applied
+        for name in names:
+            self._multiply_block(self._parts.blocks[name], own, result, damping)
+        if damping is not None and self._shares.memory and oracle.num_ranks > 1:
+            order = list(result)
+            (parts,) = oracle.mean_vectors([result[n] for n in order])
+            result = {n: x * oracle.num_ranks for n, x in zip(order, parts, strict=True)}
+        covered = {p.number for block in self._parts.blocks.values() for p in block.pieces}
+        for number, x in own.items():
+            state = self._diagonals.get(number)
+            if number in covered or state is None:
+                continue
+            diagonal = state["diagonal"]
+            value = x.to(diagonal.dtype)
+            result[number] = value * diagonal if damping is None else value / (diagonal + damping)
+        return [result[numbers[id(p)]] for p in params]
+
+    def _multiply_block(
+        self,
+        block: BlockInfo,
+        own: Mapping[int, Tensor],
+        result: Mapping[int, Tensor],
+        damping: Tensor | None,
+    ) -> None:
+        """Multiply the part of a vector that belongs to a block."""
+        state = self._states.get(block.name, {})
+        numbers = [piece.number for piece in block.pieces]
+        unknown = "a_factor" not in state or (
+            damping is not None and self._lacks_inverse(block.name)
+        )
+        if unknown or not any(n in own for n in numbers):
+            return
+        dtype = next(result[n].dtype for n in numbers if n in result)
+        params = self._all_params()
+        parts = [
+            (
+                piece.of(own[piece.number])
+                if piece.number in own
+                else torch.zeros_like(piece.of(params[piece.number]))
+            ).to(dtype)
+            for piece in block.pieces
+        ]
+        matrix = to_matrix(block.layer, parts[0], parts[1] if block.bias is not None else None)
+        if damping is None:
+            matrix = multiplied(block, state, matrix)
+        else:
+            matrix = preconditioned(block, state, matrix, damping)
+        found = from_matrix(block.layer, matrix, has_bias=block.bias is not None)
+        for piece, value in zip(block.pieces, found, strict=False):
+            if piece.number in result and value is not None:
+                piece.of(result[piece.number]).copy_(value)
+
+    # State
+
+    def _curvature_state(self) -> dict[str, Any]:
+        state = super()._curvature_state()
+        if self._window is None:
+            saved = self._saved or {"blocks": {}, "diagonals": {}, "bypassed": []}
+        else:
+            saved = entries_of(self._parts, self._states, self._diagonals, self._window.without)
+        return {**state, **saved}
+
+    def _load_curvature_state(self, state: dict[str, Any]) -> None:
+        super()._load_curvature_state(state)
+        self._saved = {key: state[key] for key in ("blocks", "diagonals", "bypassed")}
+        if self._window is not None and self.oracle is not None:
+            self.oracle.attachments.remove(self._window)
+            self._window.close()
+            self._watch(self.oracle)
+
+    def _check_state(self, saved: Any) -> None:
+        super()._check_state(saved)
+        check_saved_blocks(saved[STATE_KEY], len(self._all_params()), where=self._cannot_load)
+
+    @property
+    def _cannot_load(self) -> str:
+        return f"Cannot load the state into {type(self).__name__}"
