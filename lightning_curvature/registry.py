@@ -137,7 +137,7 @@ _ROWS = (
         cls=EKFAC,
         asks=EKFAC.asks,
         passes="1 forward+backward, 1 backward, 2 forwards; every 5th step 1 forward",
-        copies=2,
+        copies=1,
         paper="1806.03884",
         summary="K-FAC with the eigenvalues of its factors corrected.",
     ),

@@ -63,25 +63,26 @@ class Eigenbasis(NamedTuple):
     retries: int
 
 
-def inverse_of(matrix: Tensor, damping: Tensor | float) -> Inversion:
-    """Return the inverse of ``matrix + damping * I``, exactly symmetric.
+def inverse_of(matrix: Tensor, damping: Tensor | float, scale: Tensor | float = 1.0) -> Inversion:
+    """Return the inverse of ``scale * matrix + damping * I``, exactly symmetric.
 
     Args:
         matrix: Symmetric matrices ``[..., n, n]`` in float32 or float64; of two mirrored entries
             only the lower one is read.
         damping: Damping of all matrices, or of each, ``[...]``.
+        scale: Factor of all matrices, or of each, ``[...]``.
 
     Examples:
         >>> inverse_of(torch.tensor([[2.0, 1.0], [1.0, 2.0]]), damping=2.0).value * 15
         tensor([[ 4.0000, -1.0000],
                 [-1.0000,  4.0000]])
     """
-    answer = _decomposed(matrix, damping, _inverse_from, power=-1.0)
+    answer = _decomposed(matrix, damping, scale, _inverse_from, power=-1.0)
     return answer._replace(value=answer.value.contiguous())
 
 
-def cholesky_of(matrix: Tensor, damping: Tensor | float) -> Inversion:
-    """Return the lower Cholesky factor of ``matrix + damping * I``.
+def cholesky_of(matrix: Tensor, damping: Tensor | float, scale: Tensor | float = 1.0) -> Inversion:
+    """Return the lower Cholesky factor of ``scale * matrix + damping * I``.
 
     It serves `torch.cholesky_solve`, which is faster than an inverse that is used only once, much
     so with few right-hand sides.
@@ -90,35 +91,40 @@ def cholesky_of(matrix: Tensor, damping: Tensor | float) -> Inversion:
         matrix: Symmetric matrices ``[..., n, n]`` in float32 or float64; of two mirrored entries
             only the lower one is read.
         damping: Damping of all matrices, or of each, ``[...]``.
+        scale: Factor of all matrices, or of each, ``[...]``.
 
     Examples:
         >>> cholesky_of(torch.tensor([[2.0, 4.0], [4.0, 10.0]]), damping=2.0).value
         tensor([[2.0000, 0.0000],
                 [2.0000, 2.8284]])
     """
-    return _decomposed(matrix, damping, lambda factors: factors, power=0.5)
+    return _decomposed(matrix, damping, scale, lambda factors: factors, power=0.5)
 
 
 def _decomposed(
-    matrix: Tensor, damping: Tensor | float, finish: Callable[[Tensor], Tensor], *, power: float
+    matrix: Tensor,
+    damping: Tensor | float,
+    scale: Tensor | float,
+    finish: Callable[[Tensor], Tensor],
+    *,
+    power: float,
 ) -> Inversion:
     n = matrix.shape[-1]
     matrix = matrix.detach()
     matrices = matrix.reshape(-1, n, n)
-    if not isinstance(damping, Tensor):
-        damping = torch.tensor(damping, dtype=matrix.dtype)
-    shifts = damping.detach().to(matrix.device).expand(matrix.shape[:-2]).reshape(-1)
+    shifts, scales = (_each(value, matrix) for value in (damping, scale))
     if n == 1:
-        damped = matrices + shifts[:, None, None].to(matrix.dtype)
+        damped = matrices * scales[:, None, None].to(matrix.dtype)
+        damped = damped + shifts[:, None, None].to(matrix.dtype)
         value = damped.pow(power)
         usable = (damped > 0) & damped.isfinite() & value.isfinite()
         value = torch.where(usable, value, 0.0)
         return Inversion(value.view(matrix.shape), usable.all(), 0)
 
-    value, failed = _attempt(matrices, shifts, finish)
+    value, failed = _attempt(matrices, shifts, scales, finish)
     good, retries = True, 0
     for index in failed:
-        again, tries = _retried(matrices[index], shifts[index], finish)
+        again, tries = _retried(matrices[index], shifts[index], scales[index], finish)
         retries += tries
         if again is None:
             good = False
@@ -128,12 +134,19 @@ def _decomposed(
     return Inversion(value.view(matrix.shape), finite if good else finite.new_zeros(()), retries)
 
 
+def _each(value: Tensor | float, matrix: Tensor) -> Tensor:
+    """Return one number per matrix of a batch."""
+    if not isinstance(value, Tensor):
+        value = torch.tensor(value, dtype=matrix.dtype)
+    return value.detach().to(matrix.device).expand(matrix.shape[:-2]).reshape(-1)
+
+
 def _attempt(
-    matrices: Tensor, shifts: Tensor, finish: Callable[[Tensor], Tensor]
+    matrices: Tensor, shifts: Tensor, scales: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor, list[int]]:
     """Return the finished decompositions, zeros where they failed, and which failed."""
     n = matrices.shape[-1]
-    damped = _damped(matrices, shifts)
+    damped = _damped(matrices, shifts, scales)
     least = damped.diagonal(dim1=-2, dim2=-1) * (_LOST_PIVOT * torch.finfo(damped.dtype).eps)
     factors, info = torch.linalg.cholesky_ex(damped)
     pivots = factors.diagonal(dim1=-2, dim2=-1).square()
@@ -150,32 +163,33 @@ def _attempt(
     return value, failed
 
 
-def _damped(matrices: Tensor, shifts: Tensor) -> Tensor:
+def _damped(matrices: Tensor, shifts: Tensor, scales: Tensor) -> Tensor:
     """Return a damped copy, with one more row and column of the identity where that is faster."""
     count, n, _ = matrices.shape
+    factors = scales.to(matrices.dtype)[:, None, None]
     aliased = (n * matrices.element_size()) % _ALIASED_BYTES == 0
     if matrices.device.type == "cpu" and n >= _ALIASED_SIZE and aliased:
         damped = matrices.new_zeros(count, n + 1, n + 1)
-        damped[:, :n, :n] = matrices
+        torch.mul(matrices, factors, out=damped[:, :n, :n])
         damped[:, n, n] = 1
     else:
-        damped = matrices.clone()
+        damped = matrices * factors
     damped.diagonal(dim1=-2, dim2=-1)[:, :n].add_(shifts[:, None])
     return damped
 
 
 def _retried(
-    matrix: Tensor, shift: Tensor, finish: Callable[[Tensor], Tensor]
+    matrix: Tensor, shift: Tensor, scale: Tensor, finish: Callable[[Tensor], Tensor]
 ) -> tuple[Tensor | None, int]:
     """Return a decomposition of one matrix in float64, None if there is none, and the attempts."""
-    exact = matrix.to("cpu", torch.float64)[None]
+    exact = matrix.to("cpu", torch.float64)[None] * scale.to("cpu", torch.float64)
     shifts = shift.to("cpu", torch.float64)[None]
-    scale = exact.diagonal(dim1=-2, dim2=-1).mean() + shifts
-    if not (exact.isfinite().all() and scale.isfinite()):
+    size = exact.diagonal(dim1=-2, dim2=-1).mean() + shifts
+    if not (exact.isfinite().all() and size.isfinite()):
         return None, 0
     jitters = _JITTERS if matrix.dtype == torch.float64 else (0.0, *_JITTERS)
     for tries, jitter in enumerate(jitters, start=1):
-        value, failed = _attempt(exact, shifts + jitter * scale, finish)
+        value, failed = _attempt(exact, shifts + jitter * size, torch.ones_like(shifts), finish)
         if not failed:
             return value[0], tries
     return None, len(jitters)

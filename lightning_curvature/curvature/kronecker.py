@@ -74,7 +74,7 @@ def averaged(
     The average has weights that sum to one: the first observation counts fully.
 
     Args:
-        state: The old state; it is not changed. Empty before the first observation.
+        state: The old state, whose tensors may be changed. Empty before the first observation.
         sums: Sums of a step over all ranks; without positions nothing changes.
         decay: What the weight of old observations is multiplied with.
         usable: Boolean 0-dim tensor: if False nothing changes. None for True.
@@ -104,6 +104,9 @@ def _mixed(
     old: Tensor | None, value: Tensor, share: Tensor, found: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return ``old + share * (value - old)``, the old one where nothing was found."""
+    if value.device.type == "cpu" and old is not None and old.dtype == value.dtype == dtype:
+        # Where looking costs nothing, and memory is what takes time.
+        return old.lerp_(value, float(share)) if found else old
     old = torch.zeros_like(value) if old is None else old.to(value.dtype)
     share = torch.where(found, share, torch.zeros_like(share)).to(value.dtype)
     # Not finite times zero would not be zero.
@@ -115,7 +118,7 @@ def averaged_diagonal(state: State, squares: Tensor, decay: float, usable: Tenso
     """Return the state of a diagonal with new squares in its average.
 
     Args:
-        state: "diagonal" and "mass"; it is not changed. Empty before the first observation.
+        state: "diagonal" and "mass", which may be changed. Empty before the first observation.
         squares: Of a step over all ranks, of the shape of the parameter.
         decay: What the weight of old observations is multiplied with.
         usable: Boolean 0-dim tensor: if False nothing changes. None for True.
@@ -154,20 +157,22 @@ def inverse_shapes(
     return shapes
 
 
-class _Normalized(NamedTuple):
-    """Factors whose product is C, in the precision to compute in, and means of the diagonals."""
+class _Factors(NamedTuple):
+    """Factors in the precision to compute in, and means of the diagonals of A / M and G."""
 
     a: Tensor
     g: Tensor
+    positions: Tensor
     nu_a: Tensor
     nu_g: Tensor
 
 
-def _normalized(info: BlockInfo, state: State, dtype: torch.dtype) -> _Normalized:
+def _factors(info: BlockInfo, state: State, dtype: torch.dtype) -> _Factors:
     positions = state["positions"].to(dtype)
-    a = state["a_factor"].to(dtype) / torch.where(positions > 0, positions, 1.0)
-    g = state["g_factor"].to(dtype)
-    return _Normalized(a, g, _mean_diagonal(a, info.input), _mean_diagonal(g, info.output))
+    positions = torch.where(positions > 0, positions, 1.0)
+    a, g = state["a_factor"].to(dtype), state["g_factor"].to(dtype)
+    nu_a = _mean_diagonal(a, info.input) / positions
+    return _Factors(a, g, positions, nu_a, _mean_diagonal(g, info.output))
 
 
 def _mean_diagonal(factor: Tensor, side: Side) -> Tensor:
@@ -204,7 +209,7 @@ def factored_inverse_state(
         dtype: To compute in.
         once: Whether they are used for one product only, for which a Cholesky factor is faster.
     """
-    a, g, nu_a, nu_g = _normalized(info, state, dtype)
+    a, g, positions, nu_a, nu_g = _factors(info, state, dtype)
     mu = damping.to(dtype)
     alive = (nu_a > 0) & (nu_g > 0)
     one = torch.ones_like(nu_a)
@@ -228,13 +233,13 @@ def factored_inverse_state(
     inverses = {}
     good, retries = torch.ones_like(alive).all(), 0
     for key, side, factor, scale, shift in (
-        ("a", info.input, a, a_scale, a_damping + a_extra),
+        ("a", info.input, a, a_scale / positions, a_damping + a_extra),
         ("g", info.output, g, g_scale, g_damping + g_extra),
     ):
         name, find = "inverse", inverse_of
         if once and side.kind != "diagonal":
             name, find = "cholesky", cholesky_of
-        answer = find(factor * scale[:, None, None, None], shift[:, None])
+        answer = find(factor, shift[:, None], scale[:, None])
         inverses[f"{key}_{name}"] = answer.value
         good, retries = good & answer.good, retries + answer.retries
     return Refreshed(inverses, good, retries)
@@ -249,10 +254,10 @@ def eigen_state(info: BlockInfo, state: State, dtype: torch.dtype, *, corrected:
         dtype: To compute in.
         corrected: Whether to carry the second moments of the gradient over into the new basis.
     """
-    a, g, _, _ = _normalized(info, state, dtype)
+    a, g, positions, _, _ = _factors(info, state, dtype)
     new: State = {}
     good, retries = torch.ones((), dtype=torch.bool, device=a.device), 0
-    for key, factor, side in (("a", a, info.input), ("g", g, info.output)):
+    for key, factor, side in (("a", a / positions, info.input), ("g", g, info.output)):
         if side.kind == "diagonal":
             new[f"{key}_values"] = factor[..., 0].clamp_min(0)
             good = good & torch.isfinite(factor).all()
@@ -327,8 +332,8 @@ def multiplied(info: BlockInfo, state: State, matrix: Tensor) -> Tensor:
     if "eigenvalue_correction" in state:
         inner = _to_basis(info, state, matrix) * state["eigenvalue_correction"].to(matrix.dtype)
         return _from_basis(info, state, inner)
-    a, g, _, _ = _normalized(info, state, matrix.dtype)
-    return _along(_along(matrix, info.input, a).mT, info.output, g).mT
+    a, g, positions, _, _ = _factors(info, state, matrix.dtype)
+    return _along(_along(matrix, info.input, a).mT, info.output, g).mT / positions
 
 
 def _along(x: Tensor, side: Side, factor: Tensor) -> Tensor:

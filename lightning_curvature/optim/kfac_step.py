@@ -22,6 +22,8 @@ from lightning_curvature.oracle.protocol import Oracle
 __all__ = ["KFACStep"]
 
 _CURVATURE = "curvature_update_interval"
+# Units of the machine precision that the difference of two losses may be off by.
+_ROUNDING = 32.0
 _WATCHED = {
     "skipped_refreshes": (
         1,
@@ -154,11 +156,13 @@ class KFACStep(KroneckerOptimizer):
             assert model is not None
             assert saved is not None
             adapted, kept = self._look_back(params, oracle, damping, coefficients, model, stats)
-            for now, old in zip(params, saved, strict=True):
-                now.copy_(torch.where(kept, now, old))
+            if not _is_known(kept):
+                for now, old in zip(params, saved, strict=True):
+                    now.copy_(torch.where(kept, now, old))
             kept = kept & usable
-        for old, new in zip(velocity, update, strict=True):
-            old.copy_(torch.where(kept, new, old))
+        known = _is_known(kept)
+        for p, old, new in zip(params, velocity, update, strict=True):
+            self.state[p]["velocity"] = new if known else torch.where(kept, new, old)
         length = torch.where(kept, stats["lr"], torch.zeros_like(stats["lr"]))
         self._decay(length, top_lr)
         if group["damping_algorithm"] != "fixed":
@@ -303,10 +307,13 @@ class KFACStep(KroneckerOptimizer):
         group = self._settings()
         matrix = model.damped(damping) if group["include_damping_in_quad_change"] else model.matrix
         predicted = quadratic_change(coefficients, matrix, model.slopes)
-        new_loss = oracle.loss().to(damping.dtype)
-        old_loss = oracle.base_loss().to(damping.dtype)
+        new_loss, old_loss = oracle.loss(), oracle.base_loss()
+        # What rounding makes of a loss says nothing about the model; near a minimum it is all.
+        noise = _ROUNDING * torch.finfo(new_loss.dtype).eps * old_loss.abs()
+        new_loss, old_loss = new_loss.to(damping.dtype), old_loss.to(damping.dtype)
         sign = -1.0 if group["maximize"] else 1.0
         ratio = reduction_ratio(sign * new_loss, sign * old_loss, predicted)
+        ratio = torch.where(predicted.abs() > noise, ratio, torch.nan)
         stats.update(new_loss=new_loss, quad_model_change=predicted, reduction_ratio=ratio)
         finite = torch.isfinite(new_loss)
         kept = finite | ~torch.isfinite(old_loss)
@@ -327,12 +334,18 @@ class KFACStep(KroneckerOptimizer):
         return damping, kept
 
 
+def _is_known(flag: Tensor) -> bool:
+    """Tell whether a flag is known to be True without waiting for a device."""
+    return flag.device.type == "cpu" and bool(flag)
+
+
 def _combined(delta: list[Tensor], velocity: list[Tensor], w: Tensor) -> list[Tensor]:
     """Return ``w1 Delta + w2 v`` in the place of Delta."""
-    idle = w[0] == 0
-    for d in delta:
-        # Not finite times zero would not be zero.
-        d.masked_fill_(idle, 0.0)
+    moves = w[0] != 0
+    if not _is_known(moves):
+        for d in delta:
+            # Not finite times zero would not be zero.
+            d.masked_fill_(~moves, 0.0)
     vectors.scale_(delta, w[0])
     vectors.add_scaled_(delta, velocity, w[1])
     return delta
@@ -340,5 +353,7 @@ def _combined(delta: list[Tensor], velocity: list[Tensor], w: Tensor) -> list[Te
 
 def _gram(left: list[list[Tensor]], right: list[list[Tensor]]) -> Tensor:
     """Return the inner products of vectors, symmetric."""
-    products = torch.stack([torch.stack([vectors.dot(x, y) for y in right]) for x in left])
-    return (products + products.mT) / 2
+    size = len(left)
+    found = {(i, j): vectors.dot(left[i], right[j]) for i in range(size) for j in range(i, size)}
+    rows = [[found[min(i, j), max(i, j)] for j in range(size)] for i in range(size)]
+    return torch.stack([torch.stack(row) for row in rows])

@@ -324,13 +324,16 @@ class KroneckerOptimizer(DampedOptimizer):
             if found.squares is not None:
                 finite = finite & torch.isfinite(found.squares.sum())
             old = self._states.get(name, {})
+            watched = {
+                key: old[key].clone()
+                for key in ("a_factor", "g_factor")
+                if key in old and _FACTORS in self._schedules
+            }
             new = averaged(old, found, decay, usable & finite, self._factor_dtype)
             failures.append(~finite)
-            if old and _FACTORS in self._schedules:
-                changes += [
-                    (new[key] - old[key]).float().norm() / old[key].float().norm()
-                    for key in ("a_factor", "g_factor")
-                ]
+            changes += [
+                (new[key] - x).float().norm() / x.float().norm() for key, x in watched.items()
+            ]
             self._states[name] = new
         for number, squares in sums.diagonals.items():
             finite = torch.isfinite(squares.sum())
@@ -383,13 +386,15 @@ class KroneckerOptimizer(DampedOptimizer):
         assert self._shares is not None
         numbers = {id(p): number for number, p in enumerate(self._all_params())}
         own = {numbers[id(p)]: x for p, x in zip(params, values, strict=True)}
-        result = {n: torch.zeros_like(x, dtype=vectors.scalar_dtype([x])) for n, x in own.items()}
+        result: dict[int, Tensor] = {}
         names = self._parts.blocks if damping is None else self._shares.applied
         for name in names:
             self._multiply_block(self._parts.blocks[name], own, result, damping)
         if damping is not None and self._shares.memory and oracle.num_ranks > 1:
-            order = list(result)
-            (parts,) = oracle.mean_vectors([result[n] for n in order])
+            order = list(own)
+            (parts,) = oracle.mean_vectors(
+                [result[n] if n in result else _zeros(own[n]) for n in order]
+            )
             result = {n: x * oracle.num_ranks for n, x in zip(order, parts, strict=True)}
         covered = {p.number for block in self._parts.blocks.values() for p in block.pieces}
         for number, x in own.items():
@@ -399,13 +404,13 @@ class KroneckerOptimizer(DampedOptimizer):
             diagonal = state["diagonal"]
             value = x.to(diagonal.dtype)
             result[number] = value * diagonal if damping is None else value / (diagonal + damping)
-        return [result[numbers[id(p)]] for p in params]
+        return [result[n] if n in result else _zeros(x) for n, x in own.items()]
 
     def _multiply_block(
         self,
         block: BlockInfo,
         own: Mapping[int, Tensor],
-        result: Mapping[int, Tensor],
+        result: dict[int, Tensor],
         damping: Tensor | None,
     ) -> None:
         """Multiply the part of a vector that belongs to a block."""
@@ -416,7 +421,7 @@ class KroneckerOptimizer(DampedOptimizer):
         )
         if unknown or not any(n in own for n in numbers):
             return
-        dtype = next(result[n].dtype for n in numbers if n in result)
+        dtype = vectors.scalar_dtype([own[n] for n in numbers if n in own])
         params = self._all_params()
         parts = [
             (
@@ -433,8 +438,14 @@ class KroneckerOptimizer(DampedOptimizer):
             matrix = preconditioned(block, state, matrix, damping)
         found = from_matrix(block.layer, matrix, has_bias=block.bias is not None)
         for piece, value in zip(block.pieces, found, strict=False):
-            if piece.number in result and value is not None:
-                piece.of(result[piece.number]).copy_(value)
+            if piece.number not in own or value is None:
+                continue
+            if piece.start is None:
+                result[piece.number] = value.contiguous()
+                continue
+            if piece.number not in result:
+                result[piece.number] = _zeros(own[piece.number])
+            piece.of(result[piece.number]).copy_(value)
 
     # State
 
@@ -461,3 +472,7 @@ class KroneckerOptimizer(DampedOptimizer):
     @property
     def _cannot_load(self) -> str:
         return f"Cannot load the state into {type(self).__name__}"
+
+
+def _zeros(x: Tensor) -> Tensor:
+    return torch.zeros_like(x, dtype=vectors.scalar_dtype([x]))
