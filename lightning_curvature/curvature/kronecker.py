@@ -59,6 +59,7 @@ __all__ = [
     "inverse_shapes",
     "multiplied",
     "preconditioned",
+    "rounded",
 ]
 
 State = dict[str, Tensor]
@@ -158,13 +159,25 @@ def inverse_shapes(
 
 
 class _Factors(NamedTuple):
-    """Factors in the precision to compute in, and means of the diagonals of A / M and G."""
+    """Factors in the precision to compute in.
+
+    Attributes:
+        a: A.
+        g: G.
+        positions: M.
+        nu_a: Means of the diagonal of A / M, ``[groups]``.
+        nu_g: Those of G.
+        a_rounding: How negative rounding may have made eigenvalues of A, ``[groups, cuts]``.
+        g_rounding: Likewise.
+    """
 
     a: Tensor
     g: Tensor
     positions: Tensor
     nu_a: Tensor
     nu_g: Tensor
+    a_rounding: Tensor
+    g_rounding: Tensor
 
 
 def _factors(info: BlockInfo, state: State, dtype: torch.dtype) -> _Factors:
@@ -172,12 +185,36 @@ def _factors(info: BlockInfo, state: State, dtype: torch.dtype) -> _Factors:
     positions = torch.where(positions > 0, positions, 1.0)
     a, g = state["a_factor"].to(dtype), state["g_factor"].to(dtype)
     nu_a = _mean_diagonal(a, info.input) / positions
-    return _Factors(a, g, positions, nu_a, _mean_diagonal(g, info.output))
+    roundings = (_rounding(state[f"{key}_factor"], dtype) for key in "ag")
+    return _Factors(a, g, positions, nu_a, _mean_diagonal(g, info.output), *roundings)
+
+
+def _rounding(factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Bound what storing a factor in less than the precision to compute in has done to it."""
+    if factor.dtype == dtype or torch.finfo(factor.dtype).eps <= torch.finfo(dtype).eps:
+        return torch.zeros(factor.shape[:2], dtype=dtype, device=factor.device)
+    # Errors of the entries are independent, so the norm of their matrix is that of a row.
+    longest: Tensor = torch.linalg.vector_norm(factor, dim=-1, dtype=dtype).amax(-1)
+    return longest * torch.finfo(factor.dtype).eps
 
 
 def _mean_diagonal(factor: Tensor, side: Side) -> Tensor:
     """Return the mean of the diagonal per group, ``[groups]``."""
     return factor.diagonal(dim1=-2, dim2=-1).sum((-2, -1)) / side.size
+
+
+def rounded(refreshed: "Refreshed", dtype: torch.dtype) -> "Refreshed":
+    """Return new inverses or eigenvectors in the dtype they are to be kept in.
+
+    Args:
+        refreshed: What a refresh gave.
+        dtype: Of matrices; eigenvalues stay as they are.
+    """
+    state = {
+        key: x.to(dtype) if key.endswith(("_inverse", "_vectors")) else x
+        for key, x in refreshed.state.items()
+    }
+    return refreshed._replace(state=state)
 
 
 class Refreshed(NamedTuple):
@@ -209,7 +246,7 @@ def factored_inverse_state(
         dtype: To compute in.
         once: Whether they are used for one product only, for which a Cholesky factor is faster.
     """
-    a, g, positions, nu_a, nu_g = _factors(info, state, dtype)
+    a, g, positions, nu_a, nu_g, a_rounding, g_rounding = _factors(info, state, dtype)
     mu = damping.to(dtype)
     alive = (nu_a > 0) & (nu_g > 0)
     one = torch.ones_like(nu_a)
@@ -232,14 +269,15 @@ def factored_inverse_state(
     a_scale, g_scale = torch.where(alive, a_scale, zero), torch.where(alive, g_scale, zero)
     inverses = {}
     good, retries = torch.ones_like(alive).all(), 0
-    for key, side, factor, scale, shift in (
-        ("a", info.input, a, a_scale / positions, a_damping + a_extra),
-        ("g", info.output, g, g_scale, g_damping + g_extra),
+    for key, side, factor, scale, shift, rounding in (
+        ("a", info.input, a, a_scale / positions, a_damping + a_extra, a_rounding),
+        ("g", info.output, g, g_scale, g_damping + g_extra, g_rounding),
     ):
         name, find = "inverse", inverse_of
         if once and side.kind != "diagonal":
             name, find = "cholesky", cholesky_of
-        answer = find(factor, shift[:, None], scale[:, None])
+        scales = scale[:, None]
+        answer = find(factor, shift[:, None] + scales * rounding, scales)
         inverses[f"{key}_{name}"] = answer.value
         good, retries = good & answer.good, retries + answer.retries
     return Refreshed(inverses, good, retries)
@@ -254,7 +292,7 @@ def eigen_state(info: BlockInfo, state: State, dtype: torch.dtype, *, corrected:
         dtype: To compute in.
         corrected: Whether to carry the second moments of the gradient over into the new basis.
     """
-    a, g, positions, _, _ = _factors(info, state, dtype)
+    a, g, positions, *_ = _factors(info, state, dtype)
     new: State = {}
     good, retries = torch.ones((), dtype=torch.bool, device=a.device), 0
     for key, factor, side in (("a", a / positions, info.input), ("g", g, info.output)):
@@ -287,7 +325,7 @@ def _carried(info: BlockInfo, old: State, new: State) -> Tensor:
         name = f"{key}_vectors"
         if name not in new:
             continue
-        shares = (new[name].mT @ old[name]).square_()
+        shares = (new[name].mT @ old[name].to(new[name].dtype)).square_()
         rows = moments.movedim(axis, -1)
         parts = rows.reshape(*rows.shape[:-1], side.cuts, side.width).movedim(-2, 1)
         moments = (parts @ shares.mT).movedim(1, -2).flatten(-2).movedim(-1, axis)
@@ -332,18 +370,18 @@ def multiplied(info: BlockInfo, state: State, matrix: Tensor) -> Tensor:
     if "eigenvalue_correction" in state:
         inner = _to_basis(info, state, matrix) * state["eigenvalue_correction"].to(matrix.dtype)
         return _from_basis(info, state, inner)
-    a, g, positions, _, _ = _factors(info, state, matrix.dtype)
+    a, g, positions, *_ = _factors(info, state, matrix.dtype)
     return _along(_along(matrix, info.input, a).mT, info.output, g).mT / positions
 
 
 def _along(x: Tensor, side: Side, factor: Tensor) -> Tensor:
     """Multiply the last axis of ``[groups, rows, size]`` with a symmetric factor."""
-    factor = factor.to(x.dtype)
     if side.kind == "diagonal":
-        return x * factor[:, :, 0, 0][:, None]
-    if side.cuts == 1:
-        return x @ factor[:, 0]
-    return joined(split(x, side) @ factor, side)
+        return x * factor[:, :, 0, 0][:, None].to(x.dtype)
+    # In the precision of the factor: products are what low precision is fast at.
+    y = x.to(factor.dtype)
+    y = y @ factor[:, 0] if side.cuts == 1 else joined(split(y, side) @ factor, side)
+    return y.to(x.dtype)
 
 
 def _divided(x: Tensor, side: Side, key: str, state: State) -> Tensor:
@@ -369,6 +407,6 @@ def _back(x: Tensor, side: Side, vectors: Tensor | None) -> Tensor:
     if vectors is None:
         return x
     if side.cuts == 1:
-        return x @ vectors[:, 0].mT.to(x.dtype)
+        return (x.to(vectors.dtype) @ vectors[:, 0].mT).to(x.dtype)
     parts = x.reshape(*x.shape[:-1], side.cuts, side.width).movedim(-2, 1)
     return joined(parts @ vectors.mT.to(x.dtype), side)

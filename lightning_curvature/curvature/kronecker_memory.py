@@ -63,7 +63,8 @@ class MemoryEstimate(NamedTuple):
         if free is not None and self.total > _TOO_MUCH * free:
             warnings.warn(
                 f"{name} needs {self} Only {_text(free)} are free on {device}. Lower "
-                "max_factor_dim, set factor_dtype='bfloat16', or train fewer layers with it.",
+                "max_factor_dim, set factor_dtype and inverse_dtype to 'bfloat16', or train fewer "
+                "layers with it.",
                 RuntimeWarning,
                 stacklevel=3,
             )
@@ -88,6 +89,7 @@ def estimate_memory(
     shares: Shares,
     *,
     factor_dtype: torch.dtype,
+    inverse_dtype: torch.dtype,
     in_eigenbasis: bool,
     corrected: bool,
 ) -> MemoryEstimate:
@@ -98,6 +100,7 @@ def estimate_memory(
         params: Parameters of the optimizer.
         shares: The blocks of this rank.
         factor_dtype: In which factors are kept.
+        inverse_dtype: In which inverses and eigenvectors are kept.
         in_eigenbasis: See `inverse_shapes`.
         corrected: See `inverse_shapes`.
     """
@@ -106,9 +109,12 @@ def estimate_memory(
     factors, inverses = {}, {}
     for name, block in parts.blocks.items():
         shapes = inverse_shapes(block, in_eigenbasis=in_eigenbasis, corrected=corrected)
-        numbers = sum(math.prod(shape) for shape in shapes.values())
+        size = sum(
+            math.prod(shape) * (inverse_dtype.itemsize if _is_matrix(key) else precise)
+            for key, shape in shapes.items()
+        )
         factors[name] = _factor_numbers(block) * factor_dtype.itemsize
-        inverses[name] = numbers * precise if name in kept else 0
+        inverses[name] = size if name in kept else 0
     covered = {piece.number for block in parts.blocks.values() for piece in block.pieces}
     rest = [p for number, p in enumerate(params) if number not in covered and p.requires_grad]
     sizes = {name: factors[name] + inverses[name] for name in factors}
@@ -120,6 +126,10 @@ def estimate_memory(
         sum(p.numel() * max(p.element_size(), 4) for p in params if p.requires_grad),
         tuple(largest),
     )
+
+
+def _is_matrix(key: str) -> bool:
+    return key.endswith(("_inverse", "_vectors"))
 
 
 def _factor_numbers(block: BlockInfo) -> int:

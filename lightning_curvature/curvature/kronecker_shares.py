@@ -44,7 +44,7 @@ class Shares:
         blocks: All blocks by name, the same on every rank.
         num_ranks: Number of ranks.
         sharding: See the head of this file.
-        dtype: Of inverses.
+        dtype: Of inverses and eigenvectors.
         in_eigenbasis: See `inverse_shapes`.
         corrected: See `inverse_shapes`.
 
@@ -118,7 +118,7 @@ class Shares:
             for key, shape in inverse_shapes(self._blocks[name], **self._kept).items()
         ]
         own = [
-            found[name][key] if name in found else self._zeros(states[name], shape)
+            found[name][key] if name in found else self._zeros(states[name], key, shape)
             for name, key, shape in places
         ]
         halves = [x for x, (_, key, _) in zip(own, places, strict=True) if _is_symmetric(key)]
@@ -134,8 +134,11 @@ class Shares:
             found[name][key] = next(rest) if _is_symmetric(key) else next(others)
         return good
 
-    def _zeros(self, state: State, shape: tuple[int, ...]) -> Tensor:
-        return torch.zeros(shape, dtype=self._dtype, device=state["positions"].device)
+    def _zeros(self, state: State, key: str, shape: tuple[int, ...]) -> Tensor:
+        positions = state["positions"]
+        matrix = key.endswith(("_inverse", "_vectors"))
+        dtype = self._dtype if matrix else positions.dtype
+        return torch.zeros(shape, dtype=dtype, device=positions.device)
 
 
 def _is_symmetric(key: str) -> bool:

@@ -245,7 +245,7 @@ def rotated(x: Tensor, side: Side, vectors: Tensor | None) -> Tensor:
     if vectors is None:
         return x
     if side.cuts == 1:
-        return x @ vectors[:, 0].to(x.dtype)
+        return (x.to(vectors.dtype) @ vectors[:, 0]).to(x.dtype)
     return (split(x, side) @ vectors.to(x.dtype)).movedim(1, -2).flatten(-2)
 
 

@@ -42,7 +42,8 @@ def solve_coefficients(
 ) -> Coefficients:
     """Minimize the model over the coefficients that are free.
 
-    Where the second direction is zero, or parallel to the first, its coefficient is 0.
+    Where the second direction is zero, or parallel to the first, its coefficient is 0; where the
+    first one is zero, as at a minimum, that is 0, too.
 
     Args:
         matrix: A + lambda D, ``[2, 2]``, symmetric, positive semi-definite but for errors.
@@ -54,11 +55,12 @@ def solve_coefficients(
     m, b = matrix.double(), slopes.double()
     a11, a12, a22 = m[0, 0], m[0, 1], m[1, 1]
     zero = torch.zeros_like(a11)
+    still = (a11 == 0) & (b[0] == 0)
     if first is not None and second is not None:
         w1, w2 = first.double(), second.double()
     elif second is not None:
         w2 = second.double()
-        w1 = -(b[0] + a12 * w2) / a11
+        w1 = torch.where(still, zero, -(b[0] + a12 * w2) / a11)
     elif first is not None:
         w1 = first.double()
         w2 = torch.where(a22 > 0, -(b[1] + a12 * w1) / a22, zero)
@@ -67,10 +69,12 @@ def solve_coefficients(
         both = (a22 > 0) & (determinant > _LEAST_ANGLE * a11 * a22)
         safe = torch.where(both, determinant, torch.ones_like(determinant))
         w1 = torch.where(both, (a12 * b[1] - a22 * b[0]) / safe, -b[0] / a11)
+        w1 = torch.where(still, zero, w1)
         w2 = torch.where(both, (a12 * b[0] - a11 * b[1]) / safe, zero)
+        w2 = torch.where(still & (a22 > 0), -b[1] / a22, w2)
     values = torch.stack([w1, w2])
     given = first is not None
-    found = torch.isfinite(values).all() & ((a11 > 0) | given)
+    found = torch.isfinite(values).all() & ((a11 > 0) | still | given)
     return Coefficients(torch.where(found, values, torch.zeros_like(values)).to(dtype), found)
 
 

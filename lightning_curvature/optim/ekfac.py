@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_curvature import vectors
 from lightning_curvature.checks import check_choice
-from lightning_curvature.curvature.kronecker import Refreshed, State, eigen_state
+from lightning_curvature.curvature.kronecker import Refreshed, State, eigen_state, rounded
 from lightning_curvature.curvature.kronecker_blocks import BlockInfo
 from lightning_curvature.curvature.layer_rows import KfacApprox
 from lightning_curvature.optim.kfac_step import KFACStep
@@ -94,8 +94,11 @@ class EKFAC(KFACStep):
             factors are plain means; >= 0.
         max_factor_dim: Largest number of rows of a dense factor. A larger one is cut into up to 8
             blocks, one still larger is kept as a diagonal; the log names them.
-        factor_dtype: What factors are stored in: "float32", "float16" or "bfloat16"; None for the
-            precision of the parameters, at least float32. Inverses are always computed in that.
+        factor_dtype: What factors are stored in: "float32" or "bfloat16"; None for the precision of
+            the parameters, at least float32. What rounding may have made negative is damped.
+        inverse_dtype: What inverses and eigenvectors are stored and multiplied in, likewise.
+            "bfloat16" multiplies several times faster on hardware that has it. They are always
+            computed in float32 or float64.
         inverse_sharding: What ranks share out. "none": every rank finds all bases; "compute":
             every rank finds its part and gives it to the others.
         seed: Seed of the labels, >= 0. They are drawn from streams of their own, one per step, rank
@@ -157,7 +160,8 @@ class EKFAC(KFACStep):
         damping_update_interval: int = 5,
         factor_warmup: int = 10,
         max_factor_dim: int = 8192,
-        factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        factor_dtype: Literal["float32", "bfloat16"] | None = None,
+        inverse_dtype: Literal["float32", "bfloat16"] | None = None,
         inverse_sharding: Literal["none", "compute"] = "none",
         seed: int = 0,
         max_failures: int = 20,
@@ -194,6 +198,7 @@ class EKFAC(KFACStep):
             "factor_warmup": factor_warmup,
             "max_factor_dim": max_factor_dim,
             "factor_dtype": factor_dtype,
+            "inverse_dtype": inverse_dtype,
             "inverse_sharding": inverse_sharding,
             "seed": seed,
             "max_failures": max_failures,
@@ -215,4 +220,4 @@ class EKFAC(KFACStep):
 
     def _refreshed_block(self, info: BlockInfo, state: State, damping: Tensor) -> Refreshed:
         dtype = vectors.scalar_dtype(self._all_params())
-        return eigen_state(info, state, dtype, corrected=True)
+        return rounded(eigen_state(info, state, dtype, corrected=True), self._inverse_dtype)

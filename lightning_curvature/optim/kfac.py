@@ -24,6 +24,7 @@ from lightning_curvature.curvature.kronecker import (
     State,
     eigen_state,
     factored_inverse_state,
+    rounded,
 )
 from lightning_curvature.curvature.kronecker_blocks import BlockInfo
 from lightning_curvature.curvature.kronecker_shares import InverseSharding
@@ -116,8 +117,11 @@ class KFAC(KFACStep):
             factors are plain means; >= 0.
         max_factor_dim: Largest number of rows of a dense factor. A larger one is cut into up to 8
             blocks, one still larger is kept as a diagonal; the log names them.
-        factor_dtype: What factors are stored in: "float32", "float16" or "bfloat16"; None for the
-            precision of the parameters, at least float32. Inverses are always computed in that.
+        factor_dtype: What factors are stored in: "float32" or "bfloat16"; None for the precision of
+            the parameters, at least float32. What rounding may have made negative is damped.
+        inverse_dtype: What inverses and eigenvectors are stored and multiplied in, likewise.
+            "bfloat16" multiplies several times faster on hardware that has it. They are always
+            computed in float32 or float64.
         inverse_sharding: What ranks share out. "none": every rank inverts all; "compute": every
             rank inverts its part and gives it to the others; "memory": it keeps its part, and the
             ranks exchange preconditioned gradients.
@@ -181,7 +185,8 @@ class KFAC(KFACStep):
         damping_update_interval: int = 5,
         factor_warmup: int = 10,
         max_factor_dim: int = 8192,
-        factor_dtype: Literal["float32", "float16", "bfloat16"] | None = None,
+        factor_dtype: Literal["float32", "bfloat16"] | None = None,
+        inverse_dtype: Literal["float32", "bfloat16"] | None = None,
         inverse_sharding: InverseSharding = "none",
         seed: int = 0,
         max_failures: int = 20,
@@ -219,6 +224,7 @@ class KFAC(KFACStep):
             "factor_warmup": factor_warmup,
             "max_factor_dim": max_factor_dim,
             "factor_dtype": factor_dtype,
+            "inverse_dtype": inverse_dtype,
             "inverse_sharding": inverse_sharding,
             "seed": seed,
             "max_failures": max_failures,
@@ -237,5 +243,7 @@ class KFAC(KFACStep):
     def _refreshed_block(self, info: BlockInfo, state: State, damping: Tensor) -> Refreshed:
         dtype = vectors.scalar_dtype(self._all_params())
         if self._in_eigenbasis:
-            return eigen_state(info, state, dtype, corrected=False)
-        return factored_inverse_state(info, state, damping, dtype, once=self._inverts_always())
+            return rounded(eigen_state(info, state, dtype, corrected=False), self._inverse_dtype)
+        once = self._inverts_always()
+        found = factored_inverse_state(info, state, damping, dtype, once=once)
+        return rounded(found, self._inverse_dtype)

@@ -80,8 +80,9 @@ def check_arguments(a: Mapping[str, Any]) -> None:
         check_interval(name, a[name])
     check_in_range("factor_warmup", a["factor_warmup"], 0, math.inf)
     check_count("max_factor_dim", a["max_factor_dim"])
-    if a["factor_dtype"] is not None:
-        check_choice("factor_dtype", a["factor_dtype"], ("float32", "float16", "bfloat16"))
+    for name in ("factor_dtype", "inverse_dtype"):
+        if a[name] is not None:
+            check_choice(name, a[name], ("float32", "bfloat16"))
     check_choice("inverse_sharding", a["inverse_sharding"], get_args(InverseSharding))
     check_in_range("seed", a["seed"], 0, math.inf)
     check_interval("max_failures", a["max_failures"])

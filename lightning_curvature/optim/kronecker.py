@@ -34,7 +34,7 @@ from lightning_curvature.oracle.replay import is_compiled
 __all__ = ["KroneckerOptimizer"]
 
 _FACTORS, _INVERSES = "factor_update_interval", "inverse_update_interval"
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 _log = logging.getLogger(__name__)
 
@@ -141,7 +141,7 @@ class KroneckerOptimizer(DampedOptimizer):
             known,
             self.oracle.num_ranks,
             self.param_groups[0]["inverse_sharding"],
-            dtype=vectors.scalar_dtype(self._all_params()),
+            dtype=self._inverse_dtype,
             in_eigenbasis=self._in_eigenbasis,
             corrected=self._corrected,
         )
@@ -177,6 +177,7 @@ class KroneckerOptimizer(DampedOptimizer):
             real._all_params(),
             real._shares,
             factor_dtype=real._factor_dtype,
+            inverse_dtype=real._inverse_dtype,
             corrected=real._corrected,
             in_eigenbasis=real._in_eigenbasis,
         )
@@ -223,7 +224,14 @@ class KroneckerOptimizer(DampedOptimizer):
 
     @property
     def _factor_dtype(self) -> torch.dtype:
-        chosen = _DTYPES.get(self.param_groups[0]["factor_dtype"])
+        return self._chosen_dtype("factor_dtype")
+
+    @property
+    def _inverse_dtype(self) -> torch.dtype:
+        return self._chosen_dtype("inverse_dtype")
+
+    def _chosen_dtype(self, name: str) -> torch.dtype:
+        chosen = _DTYPES.get(self.param_groups[0][name])
         return vectors.scalar_dtype(self._all_params()) if chosen is None else chosen
 
     def _in_warmup(self) -> bool:
@@ -242,7 +250,8 @@ class KroneckerOptimizer(DampedOptimizer):
         """Whether an inverse serves for one step only, and on this rank."""
         group = self.param_groups[0]
         always = int(group[_INVERSES]) == 1 and _INVERSES not in self._schedules
-        return always and group["inverse_sharding"] == "none"
+        full = self._inverse_dtype != torch.bfloat16
+        return always and full and group["inverse_sharding"] == "none"
 
     def _lacks_inverse(self, name: str) -> bool:
         state = self._states[name]

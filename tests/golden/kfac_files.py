@@ -88,12 +88,25 @@ def input_order(weight: Tensor, *, has_bias: bool) -> Tensor:
 
 
 def compare_factors(
-    state: dict[str, Tensor], layer: nn.Module, theirs: tuple[Any, Any], *, rtol: float
+    state: dict[str, Tensor],
+    layer: nn.Module,
+    theirs: tuple[Any, Any],
+    *,
+    rtol: float,
+    total: float = 1.0,
 ) -> None:
-    """Compare the factors of a layer; those of convolutions are means over positions there."""
-    positions = state["positions"] if isinstance(layer, nn.Conv2d) else 1
+    """Compare the factors of a layer.
+
+    Args:
+        state: Ours.
+        layer: The layer.
+        theirs: A and G; of a convolution both are means over positions.
+        rtol: Relative tolerance.
+        total: Weight of all examples, which is inside of our A: M of a layer without positions.
+    """
     order = input_order(layer.weight, has_bias=layer.bias is not None)
-    a = (state["a_factor"][0, 0] / positions)[order][:, order]
+    positions = state["positions"] / total if isinstance(layer, nn.Conv2d) else 1.0
+    a = (state["a_factor"][0, 0] / (total * positions))[order][:, order]
     g = state["g_factor"][0, 0] / positions
     for ours, expected in zip((a, g), theirs, strict=True):
         close(ours, torch.from_numpy(expected), rtol)
@@ -235,9 +248,7 @@ def _flat(model: nn.Sequential) -> bool:
     return any(isinstance(m, Flatten) for m in model)
 
 
-def _convolution(
-    weight: Tensor, bias: Tensor | None, *, stride: Any, padding: Any
-) -> nn.Conv2d:
+def _convolution(weight: Tensor, bias: Tensor | None, *, stride: Any, padding: Any) -> nn.Conv2d:
     d_out, d_in, *kernel = weight.shape
     layer = nn.Conv2d(
         d_in,

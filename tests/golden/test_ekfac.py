@@ -38,9 +38,14 @@ class Gradients:
     Args:
         recording: The file.
         fisher_type: What the loss sends back.
+
+    Attributes:
+        times: How often an example is counted there.
     """
 
     def __init__(self, recording: Recording, fisher_type: FisherType) -> None:
+        # An enumerated label counts every class.
+        self.times = recording.classes if fisher_type == "type-2" else 1
         model = recording.model()
         self.blocks = find_blocks(model, list(model.parameters())).blocks
         tape = LayerTape(dict(model.named_children()), {}, lambda: True)
@@ -84,16 +89,20 @@ def test_sums_and_counts(golden_file: Path) -> None:
     recording = Recording(golden_file)
     for prefix, fisher_type in recording.kinds():
         gradients = Gradients(recording, fisher_type)
-        # An enumerated label counts every class.
-        times = recording.classes if fisher_type == "type-2" else 1
+        times = gradients.times
         for layer in recording.layers:
             positions, examples = counted(recording, prefix, layer)
             sums = gradients.sums(layer)
-            assert float(sums.positions) * times == pytest.approx(positions, rel=COVARIANCES)
             assert gradients.examples * times == examples
-            for ours, name in ((sums.a_sum, "activation"), (sums.g_sum, "gradient")):
-                expected = recording.get(f"{prefix}{name}_covariance", layer)
-                close(ours[0, 0] * times, expected, COVARIANCES)
+            if recording.mask is None:
+                assert float(sums.positions) * times == pytest.approx(positions, rel=COVARIANCES)
+            else:
+                # Every token has the weight 1.
+                assert float(gradients.weights.total) == pytest.approx(positions, rel=COVARIANCES)
+            expected = recording.get(f"{prefix}gradient_covariance", layer)
+            close(sums.g_sum[0, 0] * times, expected, COVARIANCES)
+            expected = recording.get(f"{prefix}activation_covariance", layer)
+            close(sums.a_sum[0, 0] / sums.positions, expected / positions, COVARIANCES)
 
 
 def test_eigenvalues(golden_file: Path) -> None:
@@ -102,8 +111,10 @@ def test_eigenvalues(golden_file: Path) -> None:
         gradients = Gradients(recording, fisher_type)
         for layer in recording.layers:
             sums = gradients.sums(layer)
-            for total, name in ((sums.a_sum, "activation"), (sums.g_sum, "gradient")):
-                found = eigenbasis_of(total / sums.positions)
+            positions, _ = counted(recording, prefix, layer)
+            averages = sums.a_sum / sums.positions, sums.g_sum * gradients.times / positions
+            for average, name in zip(averages, ("activation", "gradient"), strict=True):
+                found = eigenbasis_of(average)
                 values = recording.get(f"{prefix}{name}_eigenvalues", layer)
                 vectors = recording.get(f"{prefix}{name}_eigenvectors", layer)
                 # Theirs are below zero by rounding where ours are cut off.
@@ -122,7 +133,7 @@ def test_corrected_eigenvalues(golden_file: Path) -> None:
     recording = Recording(golden_file)
     for prefix, fisher_type in recording.kinds():
         gradients = Gradients(recording, fisher_type)
-        times = recording.classes if fisher_type == "type-2" else 1
+        times = gradients.times
         for layer in recording.layers:
             theirs = [
                 recording.get(f"{prefix}{name}_eigenvectors", layer)

@@ -255,10 +255,13 @@ def test_attached_model(trajectory_file: Path) -> None:
             assert float(optimizer.stats.get("step_rejected", 0.0)) == 0.0
             compare_model(trajectory, number, step, model, measured)
             compare_step_length(trajectory, number, step, optimizer.stats)
+        *_, (_, last, _) = trajectory.named_layers(model)
+        total = float(optimizer._states[last]["positions"])
         for theirs, ours, layer in trajectory.named_layers(model):
             if f"factors/step_{number}/{theirs}/A" in arrays:
                 found = tuple(arrays[f"factors/step_{number}/{theirs}/{f}"] for f in "AG")
-                compare_factors(optimizer._states[ours], layer, found, rtol=tolerance(number))
+                state, rtol = optimizer._states[ours], tolerance(number)
+                compare_factors(state, layer, found, rtol=rtol, total=total)
         for kind in stored:
             prefix = f"{kind}/step_{number}/"
             stored[kind] += any(key.startswith(prefix) for key in arrays)
@@ -320,9 +323,7 @@ def test_trainer(trajectory_file: Path, route: str, tmp_path: Path) -> None:
     )
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-        trainer.fit(
-            StockModule(trajectory), DataLoader(list(trajectory.epochs()), batch_size=None)
-        )
+        trainer.fit(StockModule(trajectory), DataLoader(list(trajectory.epochs()), batch_size=None))
     assert trainer.global_step == trajectory.steps
 
 
@@ -390,9 +391,6 @@ def compare_products(case: Case, parts: Any, blocks: dict, diagonals: dict) -> s
     return compared
 
 
-
-
-
 def test_estimates(estimates_file: Path) -> None:
     number = 0
     for case in cases(estimates_file):
@@ -412,9 +410,7 @@ def test_estimates(estimates_file: Path) -> None:
             compared |= compare_averages(case, update, blocks, diagonals)
         compared |= compare_products(case, window.parts, blocks, diagonals)
         everything = {
-            key
-            for key in case.arrays
-            if key.startswith(f"{case.name}/") and "/params/" not in key
+            key for key in case.arrays if key.startswith(f"{case.name}/") and "/params/" not in key
         }
         assert compared == everything
     assert number > 0
