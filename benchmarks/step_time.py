@@ -12,7 +12,8 @@ least: one pass for the curvature, one for the reduction ratio.
 
 The suite "qlr" has AdamQLR and what recording costs; the suite "diagonal" has the optimizers that
 scale every coordinate by itself, beside AdamW as torch has it and pytorch_optimizer's SophiaH. Its
-AdamW is the one that works on lists of tensors, which is not torch's default on CPUs.
+AdamW is the one that works on lists of tensors, which is not torch's default on CPUs. The suite
+"kfac" has K-FAC and EK-FAC.
 
     python benchmarks/step_time.py
     python benchmarks/step_time.py --workloads transformer --rounds 6 --clock cpu
@@ -51,7 +52,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_curvature import AdamQLR, CurvatureOptimizer, get_optimizer_info
+from lightning_curvature import EKFAC, KFAC, AdamQLR, CurvatureOptimizer, get_optimizer_info
 
 RIVAL = "AdamW"
 CYCLE = 10
@@ -190,7 +191,40 @@ def suites() -> dict[str, Suite]:
         **_ours("AdaFisher", 1.10, cycles=10, factor_update_interval=10 * CYCLE),
         **_ours("AdaHessian", 3.0, hessian_update_interval=1),
     }
-    return {"qlr": Suite(VARIANTS, USUAL), "diagonal": Suite(diagonal, ["mlp5m"], notes)}
+    return {
+        "qlr": Suite(VARIANTS, USUAL),
+        "diagonal": Suite(diagonal, ["mlp5m"], notes),
+        "kfac": Suite(_kfac(), ["mlp", "mlp40k"]),
+    }
+
+
+def _kfac() -> dict[str, Variant]:
+    """Return K-FAC and EK-FAC with everything on every step, and thinned out."""
+    fixed = {
+        "factor_warmup": 0,
+        "adaptive_lr": False,
+        "adaptive_momentum": False,
+        "damping_algorithm": "fixed",
+        "norm_constraint": 1e-3,
+        "lr": 0.01,
+    }
+    always = {"factor_warmup": 0, "inverse_update_interval": 1, "damping_update_interval": 1}
+    seldom = {**fixed, "factor_update_interval": CYCLE, "inverse_update_interval": 10 * CYCLE}
+    low = {"inverse_dtype": "bfloat16"}
+
+    def variant(goal: float | None, cycles: int = 1, cls: Any = KFAC, **options: Any) -> Variant:
+        make = partial(cls, **options)
+        return Variant(make, cycles=cycles, goal=lambda _: goal)
+
+    return {
+        RIVAL: Variant(torch.optim.AdamW, "auto"),
+        "KFAC, adaptive, everything every step": variant(5.0, **always),
+        "KFAC, adaptive, defaults": variant(None, factor_warmup=0),
+        "KFAC, fixed, inverses every 10": variant(3.0, inverse_update_interval=CYCLE, **fixed),
+        "KFAC, fixed, factors every 10, inverses every 100": variant(1.3, 10, **seldom),
+        "the same, inverses in bfloat16": variant(1.3, 10, **seldom, **low),
+        "EKFAC, adaptive, defaults": variant(None, cls=EKFAC, factor_warmup=0),
+    }
 
 
 class Relay:
@@ -424,7 +458,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Time per optimizer step inside a Trainer, relative to torch AdamW."
     )
     parser.add_argument(
-        "--suite", choices=["qlr", "diagonal"], default="qlr", help="default: %(default)s"
+        "--suite", choices=["qlr", "diagonal", "kfac"], default="qlr", help="default: %(default)s"
     )
     parser.add_argument(
         "--workloads",

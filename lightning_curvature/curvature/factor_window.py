@@ -1,6 +1,7 @@
 """FactorWindow: what the micro-batches of one step say about the factors of all blocks."""
 
 import functools
+import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -19,6 +20,7 @@ from lightning_curvature.curvature.kronecker_sums import (
 )
 from lightning_curvature.curvature.layer_rows import (
     KRONECKER_LAYERS,
+    SCALE_LAYERS,
     KfacApprox,
     scale_squares,
     shift_squares,
@@ -41,11 +43,14 @@ class WindowSums(NamedTuple):
         diagonals: By number of the parameter, likewise.
         bypassed: Names of blocks whose parameters had a gradient though none of their layers was
             called: something uses the weights by themselves.
+        reached: Whether a rank saw something of a diagonal, boolean 0-dim tensors by number of the
+            parameter. None for certainly.
     """
 
     blocks: dict[str, BlockSums]
     diagonals: dict[int, Tensor]
     bypassed: frozenset[str]
+    reached: Mapping[int, Tensor] | None = None
 
     def plus(self, other: "WindowSums", factor: float | Tensor) -> "WindowSums":
         """Return this plus a multiple of another."""
@@ -73,9 +78,11 @@ class FactorWindow:
         kfac_approx: See `block_sums`.
         kinds: See `find_blocks`.
         without: See `find_blocks`.
+        settled: Whether ``without`` is complete; otherwise the first batch tells what is missing.
 
     Attributes:
         parts: Blocks and the rest.
+        trained: Numbers of the parameters that required a gradient at the beginning.
         without: Numbers of weights whose layers have no block after all.
         bases: Where to sum squared gradients, by name of the block.
     """
@@ -90,22 +97,34 @@ class FactorWindow:
         kfac_approx: KfacApprox = "expand",
         kinds: tuple[type[nn.Module], ...] = KRONECKER_LAYERS,
         without: frozenset[int] = frozenset(),
+        settled: bool = False,
     ) -> None:
         self.params = list(params)
+        self.trained = frozenset(n for n, p in enumerate(self.params) if p.requires_grad)
         self.bases: Mapping[str, Basis | None] = {}
         self.kfac_approx = kfac_approx
         self.without = without
-        self._find = functools.partial(
-            find_blocks, module, self.params, max_factor_dim=max_factor_dim, kinds=kinds
-        )
-        self.parts: Blocks = self._find(without=without)
-        self._settled = False
+        self._find = functools.partial(find_blocks, module, self.params, kinds=kinds)
+        self._max_factor_dim = max_factor_dim
+        self.parts: Blocks = self.parts_without(without, max_factor_dim)
+        self._settled = settled
+        # Blocks and diagonals that some rank has seen something of.
+        self._known: set[str | int] = set()
         self._tape = LayerTape(self.parts.layers, self.parts.attentions, enabled)
         self._calls: list[LayerCall] = []
         self._asked: list[int] = []
         self._owners = self._named_calls()
         self._waiting: list[tuple[ref[PassRecord], WindowSums]] = []
         self._sums = _NOTHING
+
+    def parts_without(self, without: frozenset[int], max_factor_dim: int) -> Blocks:
+        """Return the blocks that other arguments would give.
+
+        Args:
+            without: See `find_blocks`.
+            max_factor_dim: See `find_blocks`.
+        """
+        return self._find(without=without, max_factor_dim=max_factor_dim)
 
     def _named_calls(self) -> dict[str, str]:
         return {call: name for name, block in self.parts.blocks.items() for call in block.calls}
@@ -125,9 +144,16 @@ class FactorWindow:
         return [call.edge for call in self._calls], [self.params[n] for n in self._asked]
 
     @torch.no_grad()
-    def observe(self, record: PassRecord, gradients: _Gradients, weights: Sequence[Tensor]) -> None:
+    def observe(
+        self,
+        record: PassRecord,
+        gradients: _Gradients,
+        weights: Sequence[Tensor],
+        behind: Sequence[tuple[int, ...]] | None = None,
+    ) -> None:
         """Take in one micro-batch; see `LayerObserver`."""
-        examples = ExampleWeights.of(weights)
+        every = tuple(range(len(weights)))
+        examples: dict[tuple[int, ...], ExampleWeights] = {}
         blocks: dict[str, BlockSums] = {}
         diagonals: dict[int, Tensor] = {}
         unreached: list[LayerCall] = []
@@ -139,7 +165,10 @@ class FactorWindow:
                 continue
             owner = self._owners.get(call.name)
             if owner is not None:
-                sums = self._block_sums(self.parts.blocks[owner], call, grads, examples)
+                losses = every if behind is None else behind[index]
+                if losses not in examples:
+                    examples[losses] = ExampleWeights.of([weights[n] for n in losses])
+                sums = self._block_sums(self.parts.blocks[owner], call, grads, examples[losses])
                 blocks[owner] = blocks[owner].plus(sums) if owner in blocks else sums
             for number, squares in self._scale_sums(call, grads):
                 old = diagonals.get(number)
@@ -194,6 +223,10 @@ class FactorWindow:
     def zeroed(self) -> None:
         """Hear that the gradients were set to zero; the oracle tells which batches are gone."""
 
+    def forward_dropped(self) -> None:
+        """Forget the calls of a forward pass that has no loss."""
+        self._tape.take()
+
     def close(self) -> None:
         """Remove the hooks."""
         self._tape.close()
@@ -219,7 +252,7 @@ class FactorWindow:
             return
         given = call.given.movedim(call.batch_axis, 0)
         for grad in grads:
-            if scale.weight is None and scale.bias is not None:
+            if scale.bias is not None and not isinstance(scale.layer, SCALE_LAYERS):
                 yield scale.bias, shift_squares(scale.layer, _precise(grad))
                 continue
             weight, bias = scale_squares(scale.layer, given, _precise(grad))
@@ -258,7 +291,7 @@ class FactorWindow:
             if sums.bypassed:
                 blocks = self.parts.blocks
                 self.without |= {blocks[name].weight.number for name in sums.bypassed}
-                self.parts = self._find(without=self.without)
+                self.parts = self.parts_without(self.without, self._max_factor_dim)
                 self._owners = self._named_calls()
                 sums = self._over_ranks(self._sums, oracle)
             self._settled = True
@@ -280,11 +313,11 @@ class FactorWindow:
             sums.diagonals[n] if n in sums.diagonals else torch.zeros_like(_precise(self.params[n]))
             for n in numbers
         ]
-        like = self.params[0]
-        seen = torch.tensor(
-            [float(name in sums.bypassed) for name in blocks]
-            + [float(n in sums.diagonals) for n in numbers],
-            device=like.device,
+        like = _precise(self.params[0])
+        seen = like.new_tensor(
+            [name in sums.bypassed for name in blocks]
+            + [name in sums.blocks for name in blocks]
+            + [n in sums.diagonals for n in numbers]
         )
         matrices = [x for s in blocks.values() for x in (s.a_sum, s.g_sum)]
         squares = [s.squares for s in blocks.values() if s.squares is not None]
@@ -302,11 +335,19 @@ class FactorWindow:
                 None if s.squares is None else next(squares_left),
             )
         bypassed: frozenset[str] = frozenset()
-        if not self._settled:
-            bypassed = frozenset(
-                name for name, flag in zip(blocks, flags.tolist(), strict=False) if flag > 0
-            )
-        return WindowSums(averaged, dict(zip(numbers, means[3], strict=True)), bypassed)
+        count = len(blocks)
+        names: list[str | int] = [*blocks, *numbers]
+        if not self._settled or not self._known.issuperset(names):
+            # Waits for the device, until everything was seen once.
+            known = [flag > 0 for flag in flags.tolist()]
+            bypassed = frozenset(itertools.compress(blocks, known[:count]))
+            self._known.update(itertools.compress(names, known[count:]))
+        return WindowSums(
+            {name: s for name, s in averaged.items() if name in self._known},
+            {n: x for n, x in zip(numbers, means[3], strict=True) if n in self._known},
+            frozenset() if self._settled else bypassed,
+            dict(zip(numbers, (flags[2 * count :] > 0).unbind(), strict=True)),
+        )
 
     def _no_sums(self, block: BlockInfo) -> BlockSums:
         like = _precise(block.weight.of(self.params[block.weight.number]))

@@ -105,14 +105,20 @@ def _mixed(
     old: Tensor | None, value: Tensor, share: Tensor, found: Tensor, dtype: torch.dtype
 ) -> Tensor:
     """Return ``old + share * (value - old)``, the old one where nothing was found."""
-    if value.device.type == "cpu" and old is not None and old.dtype == value.dtype == dtype:
+    if _can_look(value) and old is not None and old.dtype == value.dtype == dtype:
         # Where looking costs nothing, and memory is what takes time.
         return old.lerp_(value, float(share)) if found else old
     old = torch.zeros_like(value) if old is None else old.to(value.dtype)
     share = torch.where(found, share, torch.zeros_like(share)).to(value.dtype)
     # Not finite times zero would not be zero.
     value = torch.where(found, value, old)
-    return torch.lerp(old, value, share).to(dtype)
+    limit = torch.finfo(dtype).max
+    # What a short format cannot hold would be infinite in it, for good.
+    return torch.lerp(old, value, share).clamp(-limit, limit).to(dtype)
+
+
+def _can_look(value: Tensor) -> bool:
+    return value.device.type == "cpu"
 
 
 def averaged_diagonal(state: State, squares: Tensor, decay: float, usable: Tensor | None) -> State:
@@ -295,7 +301,8 @@ def eigen_state(info: BlockInfo, state: State, dtype: torch.dtype, *, corrected:
     a, g, positions, *_ = _factors(info, state, dtype)
     new: State = {}
     good, retries = torch.ones((), dtype=torch.bool, device=a.device), 0
-    for key, factor, side in (("a", a / positions, info.input), ("g", g, info.output)):
+    for key, whole, side in (("a", a / positions, info.input), ("g", g, info.output)):
+        factor = _without_filler(whole, side)
         if side.kind == "diagonal":
             new[f"{key}_values"] = factor[..., 0].clamp_min(0)
             good = good & torch.isfinite(factor).all()
@@ -311,6 +318,16 @@ def eigen_state(info: BlockInfo, state: State, dtype: torch.dtype, *, corrected:
             new["eigenvalue_correction"] = _products(new)
             new["correction_mass"] = state["mass"]
     return Refreshed(new, good, retries)
+
+
+def _without_filler(factor: Tensor, side: Side) -> Tensor:
+    """Give coordinates that only fill a side up an eigenvalue of their own, clipped to 0 later."""
+    missing = side.filled - side.size
+    if missing == 0:
+        return factor
+    factor = factor.clone()
+    factor[:, -1].diagonal(dim1=-2, dim2=-1)[:, side.width - missing :] = -1.0
+    return factor
 
 
 def _products(state: State) -> Tensor:

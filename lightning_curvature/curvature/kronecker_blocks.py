@@ -24,6 +24,9 @@ __all__ = ["BlockInfo", "Blocks", "Piece", "Scale", "Side", "find_blocks"]
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 SideKind = Literal["dense", "blocked", "diagonal"]
+# How a layer makes rows of its input, besides the shape of its matrix. What one has not, none of
+# its type has.
+_GEOMETRY = ("stride", "padding", "dilation", "padding_mode", "output_padding", "padding_idx")
 # A side larger than the limit is cut into at most that many blocks; beyond it goes diagonal.
 _MAX_CUTS = 8
 
@@ -156,8 +159,13 @@ class _Candidate(NamedTuple):
         return (
             same
             and matrix_shape(self.layer) == matrix_shape(other.layer)
+            and _geometry(self.layer) == _geometry(other.layer)
             and self.bias == other.bias
         )
+
+
+def _geometry(layer: nn.Module) -> list[object]:
+    return [getattr(layer, name, None) for name in _GEOMETRY]
 
 
 def find_blocks(

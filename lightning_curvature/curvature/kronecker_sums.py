@@ -9,7 +9,8 @@ the block of the layer is approximately (A / M) (x) G (Martens and Grosse, arXiv
 and Martens, arXiv:1602.01407; Eschenhagen et al., arXiv:2311.00636). M is the number of positions
 per example of a mean loss. All three add up over calls, micro-batches and ranks.
 
-Where a loss leaves examples or positions out, rows without any gradient are left out of A and M.
+Where a loss leaves examples out their weight is 0. Where it leaves positions out, or has other
+examples than the layer, rows without any gradient are left out of A and M.
 """
 
 from collections.abc import Iterator, Sequence
@@ -42,11 +43,13 @@ class ExampleWeights(NamedTuple):
             alike.
         total: Their sum, a 0-dim tensor.
         masked: Boolean 0-dim tensor: whether anything has weight 0. None for certainly not.
+        by_position: Whether positions within an example have weights of their own.
     """
 
     each: Tensor | None
     total: Tensor
     masked: Tensor | None
+    by_position: bool = False
 
     @classmethod
     def of(cls, weights: Sequence[Tensor]) -> "ExampleWeights":
@@ -60,7 +63,12 @@ class ExampleWeights(NamedTuple):
         # Where looking costs nothing.
         if total.device.type == "cpu" and not masked:
             return cls(None if each is None or _is_even(each) else each, total, None)
-        return cls(each, total, masked)
+        return cls(each, total, masked, any(w.dim() > 1 for w in weights))
+
+    def hide_rows(self, examples: int) -> bool:
+        """Tell whether rows may be left out that the weights of examples do not tell."""
+        known = self.each is not None and len(self.each) == examples and not self.by_position
+        return self.masked is not None and not known
 
     def of_rows(self, examples: int, rows: Rows) -> Tensor | None:
         """Return the weights of rows, None if all have ``total / examples``."""
@@ -164,7 +172,7 @@ def block_sums(
     sums: BlockSums | None = None
     for number, grad in enumerate(grads):
         # Of several roots each may reach other rows.
-        signal = _signal(grads) if number == 0 and weights.masked is not None else grad
+        signal = _signal(grads) if number == 0 and weights.hide_rows(examples) else grad
         chunks = layer_rows(
             info.layer, given, grad, has_bias=info.bias is not None, kfac_approx=kfac_approx
         )
@@ -203,14 +211,19 @@ def _input_sums(
     count = rows.outputs.shape[1]
     each = weights.of_rows(examples, rows)
     even = (weights.total / max(examples, 1)).to(dtype)
-    if weights.masked is not None:
+    if weights.hide_rows(examples):
+        assert weights.masked is not None
         present = (marks != 0).any(-1).any(0) | ~weights.masked
-        each = present.to(dtype) * (even if each is None else each.to(dtype))
+        if each is None:
+            each = present.to(dtype) * even
+        else:
+            each = _spread(present, rows.count, dtype) * each.to(dtype)
     if info.is_embedding:
         each = even.expand(count) if each is None else each.to(dtype)
         assert isinstance(info.layer, nn.Embedding)
         counts = embedding_counts(info.layer, rows.inputs[0], each)
-        return counts.view(1, info.input.size, 1, 1).to(dtype), each.sum()
+        # The padding index counts in neither.
+        return counts.view(1, info.input.size, 1, 1).to(dtype), counts.sum().to(dtype)
     inputs = rows.inputs
     if each is not None:
         each = each.to(dtype)
@@ -219,13 +232,19 @@ def _input_sums(
     return (total * even, even * count) if each is None else (total, each.sum())
 
 
+def _spread(present: Tensor, examples: int, dtype: torch.dtype) -> Tensor:
+    """Give what rows weigh that are left out to the others of the same example."""
+    marks = present.view(examples, -1).to(dtype)
+    return (marks * (marks.shape[1] / marks.sum(1, keepdim=True).clamp_min(1))).flatten()
+
+
 def _grams(x: Tensor, side: Side) -> Tensor:
     """Return the products of the columns of ``[groups, rows, size]`` as far as they are kept."""
     if side.kind == "diagonal":
         return x.square().sum(1)[..., None, None]
     parts = split(x, side)
     groups, cuts, rows, width = parts.shape
-    return gram(parts.reshape(-1, rows, width)).view(groups, cuts, width, width)
+    return gram(parts.reshape(groups * cuts, rows, width)).view(groups, cuts, width, width)
 
 
 def _sums(
@@ -254,12 +273,12 @@ def _squares(info: BlockInfo, rows: Rows, basis: Basis) -> Tensor:
     y = rotated(rows.outputs, info.output, basis.output)
     if info.is_embedding:
         # Every position for itself: an example that has a word twice counts both.
-        total = y.new_zeros(info.input.size, info.output.size)
+        total = y.new_zeros(info.input.size, y.shape[-1])
         total.index_add_(0, rows.inputs.reshape(-1), y[0].square())
         return total.T[None]
     x = rotated(rows.inputs, info.input, basis.input)
     positions = y.shape[1] // max(rows.count, 1)
-    if positions == 1:
+    if positions <= 1:
         return y.square().mT @ x.square()
     y = y.reshape(len(y), rows.count, positions, -1)
     x = x.reshape(len(x), rows.count, positions, -1)
@@ -274,7 +293,8 @@ def _squares(info: BlockInfo, rows: Rows, basis: Basis) -> Tensor:
         if in_pairs:
             yy = (ys[:, :, :, None] * ys[:, :, None]).flatten(1, 3)
             xx = (xs[:, :, :, None] * xs[:, :, None]).flatten(1, 3)
-            total += yy.mT @ xx
+            # A square, but for rounding.
+            total += (yy.mT @ xx).clamp_min_(0.0)
         else:
             total += (ys.mT @ xs).square_().sum(1)
     return total

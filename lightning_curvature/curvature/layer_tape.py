@@ -168,11 +168,29 @@ class _Recorder:
         return None if replaced is output else replaced
 
     def before_attention(self, layer: nn.Module, args: Any) -> None:
-        if self._tape.is_recording:
-            self._attention = AttentionCalls(self._name, self._tape.record)
+        record = self._tape.record if self._tape.is_recording else None
+        if record is not None or _may_run_twice():
+            self._attention = AttentionCalls(self._name, record or _unrecorded)
             self._attention.__enter__()  # type: ignore[no-untyped-call]
 
     def after_attention(self, layer: nn.Module, args: Any, output: Any) -> None:
         if self._attention is not None:
             attention, self._attention = self._attention, None
             attention.__exit__(None, None, None)  # type: ignore[no-untyped-call]
+
+
+def _may_run_twice() -> bool:
+    """Whether this may be a forward under checkpointing, or its repetition in a backward.
+
+    Both have to compute alike, whether they are recorded or not: checkpointing counts the tensors
+    that each of them saves.
+    """
+    if torch.compiler.is_compiling() or not torch.is_grad_enabled():
+        return False
+    if torch._C._current_graph_task_id() != -1:
+        return True
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def _unrecorded(name: str, given: Tensor, output: Tensor, batch_axis: int) -> Tensor:
+    return output

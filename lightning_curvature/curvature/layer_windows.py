@@ -198,6 +198,9 @@ class LayerWindow(ABC):
         """Forget what belongs to a gradient that is gone."""
         self.clear()
 
+    def forward_dropped(self) -> None:
+        """Nothing was kept: layers are seen when their gradient arrives."""
+
     @abstractmethod
     def _observe(
         self, averages: Mapping[str, Average], decay: float, oracle: Oracle

@@ -81,7 +81,8 @@ class KFAC(KFACStep):
             reduction ratio, "fixed" does nothing.
         damping_increase_factor: Factor when the reduction ratio is below 1/4; >= 1.
         damping_decrease_factor: Factor when the reduction ratio is above 3/4; in (0, 1].
-        min_damping: Lower limit of the damping, >= 0.
+        min_damping: Lower limit of the damping, >= 0. Every step fits its own batch better with
+            less damping, whatever it does to the others; below 1e-5 runs on mini-batches diverge.
         max_damping: Upper limit of the damping.
         damping_method: How the damping enters the inverse. "factored" splits it over the two
             factors, "exact" adds it in the eigenbasis: dearer to refresh, and the present damping
@@ -167,7 +168,7 @@ class KFAC(KFACStep):
         damping_algorithm: Literal["levenberg-marquardt", "fixed"] = "levenberg-marquardt",
         damping_increase_factor: float = 1.67,
         damping_decrease_factor: float = 0.6,
-        min_damping: float = 1e-8,
+        min_damping: float = 1e-4,
         max_damping: float = 1e8,
         damping_method: Literal["factored", "exact"] = "factored",
         include_damping_in_quad_change: bool = False,

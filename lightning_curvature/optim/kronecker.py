@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_curvature import vectors
 from lightning_curvature.curvature.factor_window import FactorWindow
 from lightning_curvature.curvature.kronecker import (
+    FACTORS,
     Refreshed,
     State,
     averaged,
@@ -25,7 +26,12 @@ from lightning_curvature.curvature.kronecker_shares import Shares
 from lightning_curvature.curvature.layer_rows import from_matrix, to_matrix
 from lightning_curvature.optim.damped import DampedOptimizer
 from lightning_curvature.optim.inverse_failures import InverseFailures
-from lightning_curvature.optim.saved_blocks import check_saved_blocks, entries_of, states_of
+from lightning_curvature.optim.saved_blocks import (
+    check_saved_blocks,
+    entries_of,
+    moved,
+    states_of,
+)
 from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.oracle.plans import LayerPlan, Plan
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
@@ -69,6 +75,8 @@ class KroneckerOptimizer(DampedOptimizer):
         self._window: FactorWindow | None = None
         self._compiled = False
         self._shares: Shares | None = None
+        # Blocks that some rank has an inverse of.
+        self._inverted: set[str] = set()
         self._inverse_failures = InverseFailures(type(self).__name__)
 
     # Attaching
@@ -104,6 +112,8 @@ class KroneckerOptimizer(DampedOptimizer):
 
     def detach(self) -> None:
         """Remove the oracle and the hooks on the layers."""
+        if self._unwrapped() is self and self._window is not None and self._saved is None:
+            self._saved = self._entries()
         super().detach()
         if self._unwrapped() is self:
             self._forget_layers()
@@ -121,6 +131,7 @@ class KroneckerOptimizer(DampedOptimizer):
             max_factor_dim=group["max_factor_dim"],
             kfac_approx=group["kfac_approx"],
             without=without,
+            settled=self._saved is not None and bool(self._saved["blocks"]),
         )
         oracle.attachments.append(self._window)
         if self._saved is not None:
@@ -145,6 +156,9 @@ class KroneckerOptimizer(DampedOptimizer):
             in_eigenbasis=self._in_eigenbasis,
             corrected=self._corrected,
         )
+        # A checkpoint has the inverses of one rank; here nobody knows what others have.
+        sure = [] if self._shares.memory else list(self._states)
+        self._inverted = {name for name in sure if not self._lacks_inverse(name)}
 
     @property
     def _parts(self) -> Blocks:
@@ -241,9 +255,8 @@ class KroneckerOptimizer(DampedOptimizer):
         return self._in_warmup() or self._due(_FACTORS)
 
     def _inverses_due(self) -> bool:
-        missing = self._shares is not None and any(
-            name not in self._states or self._lacks_inverse(name) for name in self._shares.own
-        )
+        # Every rank has to answer alike, also about blocks that others invert.
+        missing = any(name not in self._inverted for name in self._states)
         return self._in_warmup() or missing or self._due(_INVERSES)
 
     def _inverts_always(self) -> bool:
@@ -290,24 +303,50 @@ class KroneckerOptimizer(DampedOptimizer):
         self._find_layers()
 
     def _find_layers(self) -> None:
-        """Look whether there are other parameters; some callbacks write to ``param_groups``."""
+        """Look whether there are other parameters, or some are trained by now that were not.
+
+        Some callbacks write to ``param_groups``, and anybody to ``requires_grad``.
+        """
         if self._window is None or self.oracle is None:
             return
-        if [id(p) for p in self._window.params] == [id(p) for p in self._all_params()]:
+        params = self._all_params()
+        same = [id(p) for p in self._window.params] == [id(p) for p in params]
+        trained = {number for number, p in enumerate(params) if p.requires_grad}
+        if same and trained <= self._window.trained:
             return
         old = {id(p): number for number, p in enumerate(self._window.params)}
-        self.oracle.attachments.remove(self._window)
-        self._window.close()
+        before = self._covered_by()
         kept = {
             id(p): self._diagonals[old[id(p)]]
             for p in self._all_params()
             if old.get(id(p)) in self._diagonals
         }
-        self._saved = None
-        self._watch(self.oracle)
+        self._watch_anew()
+        now = self._covered_by()
+        # A layer that was without its bias has other factors with it.
+        same = [name for name in self._states if now.get(name) == before.get(name)]
+        self._states = {name: self._states[name] for name in same}
         self._diagonals = {
             number: kept[id(p)] for number, p in enumerate(self._all_params()) if id(p) in kept
         }
+        self._share()
+
+    def _covered_by(self) -> dict[str, list[tuple[int, int | None, int | None]]]:
+        """Return what parts of which parameters are in each block."""
+        assert self._window is not None
+        params = self._window.params
+        return {
+            name: [(id(params[part.number]), part.start, part.stop) for part in block.pieces]
+            for name, block in self._parts.blocks.items()
+        }
+
+    def _watch_anew(self) -> None:
+        """Install the hooks again, for other parameters or another state."""
+        assert self._window is not None
+        assert self.oracle is not None
+        self.oracle.attachments.remove(self._window)
+        self._window.close()
+        self._watch(self.oracle)
 
     # Factors
 
@@ -347,7 +386,10 @@ class KroneckerOptimizer(DampedOptimizer):
         for number, squares in sums.diagonals.items():
             finite = torch.isfinite(squares.sum())
             old = self._diagonals.get(number, {})
-            self._diagonals[number] = averaged_diagonal(old, squares, decay, usable & finite)
+            sound = usable & finite
+            if sums.reached is not None:
+                sound = sound & sums.reached[number]
+            self._diagonals[number] = averaged_diagonal(old, squares, decay, sound)
             failures.append(~finite)
         drift = torch.stack(changes).mean() if changes else None
         if drift is not None:
@@ -368,8 +410,13 @@ class KroneckerOptimizer(DampedOptimizer):
                 new[name] = self._refreshed_block(self._parts.blocks[name], state, damping)
         found, good = self._shares.exchanged(oracle, self._states, new)
         for name, fine in good.items():
-            if fine:
-                self._states[name] = {**self._states[name], **found[name]}
+            if not fine:
+                continue
+            self._inverted.add(name)
+            if name in found:
+                # Nothing old besides the factors: what is kept may be of another kind by now.
+                factors = {key: self._states[name][key] for key in FACTORS}
+                self._states[name] = {**factors, **found[name]}
         retries = sum(refreshed.retries for refreshed in new.values())
         self._inverse_failures.add([n for n, fine in good.items() if not fine], retries)
         for key, count in self._inverse_failures.counts().items():
@@ -459,24 +506,49 @@ class KroneckerOptimizer(DampedOptimizer):
     # State
 
     def _curvature_state(self) -> dict[str, Any]:
+        self._find_layers()
         state = super()._curvature_state()
+        if self._saved is not None:
+            return {**state, **self._saved}
+        return {**state, **self._entries()}
+
+    def _entries(self) -> dict[str, Any]:
         if self._window is None:
-            saved = self._saved or {"blocks": {}, "diagonals": {}, "bypassed": []}
-        else:
-            saved = entries_of(self._parts, self._states, self._diagonals, self._window.without)
-        return {**state, **saved}
+            return {"blocks": {}, "diagonals": {}, "bypassed": []}
+        return entries_of(self._parts, self._states, self._diagonals, self._window.without)
 
     def _load_curvature_state(self, state: dict[str, Any]) -> None:
         super()._load_curvature_state(state)
-        self._saved = {key: state[key] for key in ("blocks", "diagonals", "bypassed")}
-        if self._window is not None and self.oracle is not None:
-            self.oracle.attachments.remove(self._window)
-            self._window.close()
-            self._watch(self.oracle)
+        self._saved = moved(state, self._all_params())
+        self._states, self._diagonals = {}, {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a state; dtypes are kept and tensors move to the parameters' device.
+
+        Args:
+            state_dict: What `state_dict` returned.
+
+        Raises:
+            ValueError: If the state is damaged, or belongs to another optimizer, another model or
+                a newer version; the present state is then left as it was.
+        """
+        super().load_state_dict(state_dict)
+        if self._unwrapped() is self and self._window is not None:
+            self._watch_anew()
 
     def _check_state(self, saved: Any) -> None:
         super()._check_state(saved)
-        check_saved_blocks(saved[STATE_KEY], len(self._all_params()), where=self._cannot_load)
+        self._find_layers()
+        params = self._all_params()
+        own, groups = saved[STATE_KEY], saved["param_groups"]
+        if not groups or sum(len(group["params"]) for group in groups) != len(params):
+            return  # torch refuses that
+        check_saved_blocks(own, len(params), corrected=self._corrected, where=self._cannot_load)
+        if self._window is not None:
+            parts = self._window.parts_without(
+                frozenset(own["bypassed"]), int(groups[0]["max_factor_dim"])
+            )
+            states_of(parts, own, params, where=self._cannot_load)
 
     @property
     def _cannot_load(self) -> str:

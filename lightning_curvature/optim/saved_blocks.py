@@ -19,15 +19,16 @@ from torch import Tensor
 from lightning_curvature.curvature.kronecker import FACTORS, State
 from lightning_curvature.curvature.kronecker_blocks import BlockInfo, Blocks
 
-__all__ = ["check_saved_blocks", "entries_of", "states_of"]
+__all__ = ["check_saved_blocks", "entries_of", "moved", "states_of"]
 
 _PARAMETERS = "parameters"
 _DIAGONAL = {"diagonal", "mass"}
+_CORRECTION = ("eigenvalue_correction", "correction_mass")
+_MASSES = ("positions", "mass", "correction_mass", "diagonal")
 _KEYS = {
     *FACTORS,
     *(f"{side}_{kind}" for side in "ag" for kind in ("inverse", "cholesky", "values", "vectors")),
-    "eigenvalue_correction",
-    "correction_mass",
+    *_CORRECTION,
 }
 
 
@@ -59,6 +60,30 @@ def _pieces(block: BlockInfo) -> list[list[int | None]]:
     return [[piece.number, piece.start, piece.stop] for piece in block.pieces]
 
 
+def moved(saved: Mapping[str, Any], params: Sequence[Tensor]) -> dict[str, Any]:
+    """Return what was saved, with every tensor where its parameter is.
+
+    Args:
+        saved: A state of the curvature, sound by itself; other keys are left out.
+        params: Parameters of the optimizer.
+    """
+    return {
+        "blocks": {
+            name: _on(params[entry[_PARAMETERS][0][0]].device, entry)
+            for name, entry in saved["blocks"].items()
+        },
+        "diagonals": {
+            number: _on(params[int(number)].device, entry)
+            for number, entry in saved["diagonals"].items()
+        },
+        "bypassed": list(saved["bypassed"]),
+    }
+
+
+def _on(device: torch.device, entry: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: x.to(device) if isinstance(x, Tensor) else x for key, x in entry.items()}
+
+
 def states_of(
     parts: Blocks, saved: Mapping[str, Any], params: Sequence[Tensor], *, where: str
 ) -> tuple[dict[str, State], dict[int, State]]:
@@ -79,18 +104,25 @@ def states_of(
     for old, entry in saved["blocks"].items():
         name = names.get(repr(entry[_PARAMETERS]))
         if name is None:
-            foreign.append(old)
+            # Of a layer that is frozen by now: it may be trained again, but not as it was.
+            if any(params[number].requires_grad for number, _, _ in entry[_PARAMETERS]):
+                foreign.append(old)
             continue
-        block = parts.blocks[name]
-        for key, side in (("a_factor", block.input), ("g_factor", block.output)):
-            shape = [block.groups, side.cuts, side.width, side.width]
-            if list(entry[key].shape) != shape:
+        shapes = _shapes(parts.blocks[name])
+        state = {key: x for key, x in entry.items() if key != _PARAMETERS}
+        for key, value in state.items():
+            if list(value.shape) != shapes[key]:
                 raise ValueError(
-                    f"{where}: '{key}' of block '{old}' must have the shape {shape}, got "
-                    f"{list(entry[key].shape)}. Use the max_factor_dim it was saved with."
+                    f"{where}: '{key}' of block '{old}' must have the shape {shapes[key]}, got "
+                    f"{list(value.shape)}. The state is that of another model, or damaged."
                 )
-        device = params[block.weight.number].device
-        states[name] = {key: x.to(device) for key, x in entry.items() if key != _PARAMETERS}
+        missing = _missing(parts.blocks[name], state)
+        if missing:
+            raise ValueError(
+                f"{where}: block '{old}' has no {', '.join(missing)}. The state is cut off."
+            )
+        device = params[parts.blocks[name].weight.number].device
+        states[name] = {key: x.to(device) for key, x in state.items()}
     if foreign:
         raise ValueError(
             f"{where}: {sorted(foreign)} in 'blocks' belong to no layer. The state is that of "
@@ -101,20 +133,49 @@ def states_of(
         for number, entry in saved["diagonals"].items()
     }
     for number, entry in diagonals.items():
-        if entry["diagonal"].shape != params[number].shape:
-            raise ValueError(
-                f"{where}: the diagonal of parameter {number} must have the shape "
-                f"{list(params[number].shape)}, got {list(entry['diagonal'].shape)}."
-            )
+        for key, shape in (("diagonal", list(params[number].shape)), ("mass", [])):
+            if list(entry[key].shape) != shape:
+                raise ValueError(
+                    f"{where}: '{key}' of the diagonal of parameter {number} must have the shape "
+                    f"{shape}, got {list(entry[key].shape)}."
+                )
     return states, diagonals
 
 
-def check_saved_blocks(saved: Mapping[str, Any], count: int, *, where: str) -> None:
+def _shapes(block: BlockInfo) -> dict[str, list[int]]:
+    """Return the shapes of all tensors that a block may have, by key."""
+    found: dict[str, list[int]] = {"positions": [], "mass": [], "correction_mass": []}
+    for key, side in (("a", block.input), ("g", block.output)):
+        values = [block.groups, side.cuts, side.width]
+        found[f"{key}_values"] = values
+        for kind in ("factor", "inverse", "cholesky", "vectors"):
+            found[f"{key}_{kind}"] = [*values, side.width]
+    found["eigenvalue_correction"] = [block.groups, block.output.filled, block.input.filled]
+    return found
+
+
+def _missing(block: BlockInfo, state: State) -> list[str]:
+    """Return the keys without which the others are of no use."""
+    inverted = [s for s in "ag" if f"{s}_inverse" in state or f"{s}_cholesky" in state]
+    needed: list[str] = []
+    if len(inverted) == 1:
+        needed += [f"{s}_inverse" for s in "ag" if s not in inverted]
+    if any(key.endswith(("_values", "_vectors")) or key in _CORRECTION for key in state):
+        needed += ["a_values", "g_values"]
+        sides = (("a", block.input), ("g", block.output))
+        needed += [f"{key}_vectors" for key, side in sides if side.kind != "diagonal"]
+    return [key for key in needed if key not in state]
+
+
+def check_saved_blocks(
+    saved: Mapping[str, Any], count: int, *, corrected: bool, where: str
+) -> None:
     """Check blocks that are about to be loaded, without knowing the layers.
 
     Args:
         saved: State of the curvature.
         count: Number of parameters of the optimizer.
+        corrected: Whether eigenvalues are corrected.
         where: Beginning of the message if something is wrong.
 
     Raises:
@@ -126,14 +187,17 @@ def check_saved_blocks(saved: Mapping[str, Any], count: int, *, where: str) -> N
                 f"{where}: '{key}' must be a {kind.__name__}, got {_short(saved.get(key))}."
             )
     for number in saved["bypassed"]:
-        if not isinstance(number, int) or not 0 <= number < count:
+        if not _is_number(number, count):
             raise ValueError(
                 f"{where}: 'bypassed' must hold numbers of {count} parameters, got "
                 f"{_short(number)}."
             )
     for name, entry in saved["blocks"].items():
         place = f"{where}: block {name!r}"
-        _check_tensors(entry, {_PARAMETERS, *FACTORS}, {_PARAMETERS, *_KEYS}, place)
+        needed = {_PARAMETERS, *FACTORS}
+        if corrected and isinstance(entry, dict) and "a_values" in entry:
+            needed.update(_CORRECTION)
+        _check_tensors(entry, needed, {_PARAMETERS, *_KEYS}, place)
         if not _are_pieces(entry[_PARAMETERS], count):
             raise ValueError(
                 f"{place}: '{_PARAMETERS}' must list one or two [number, start, stop] of {count} "
@@ -157,9 +221,11 @@ def _check_tensors(entry: Any, needed: set[str], known: set[str], place: str) ->
     if unknown:
         raise ValueError(f"{place} has unknown keys: {', '.join(unknown)}.")
     for key, value in entry.items():
-        if key != _PARAMETERS and not _is_sound(value):
+        if key != _PARAMETERS and not _is_sound(key, value):
+            least = " >= 0" if key in _MASSES else ""
             raise ValueError(
-                f"{place}: '{key}' must be a tensor of finite real numbers, got {_short(value)}."
+                f"{place}: '{key}' must be a tensor of finite real numbers{least}, got "
+                f"{_short(value)}."
             )
 
 
@@ -169,21 +235,30 @@ def _are_pieces(found: Any, count: int) -> bool:
     for piece in found:
         if not isinstance(piece, list) or len(piece) != len(("number", "start", "stop")):
             return False
-        if not all(x is None or (isinstance(x, int) and not isinstance(x, bool)) for x in piece):
-            return False
-        if piece[0] is None or not 0 <= piece[0] < count:
+        number, *rows = piece
+        if not _is_number(number, count) or not (rows == [None, None] or _are_rows(*rows)):
             return False
     return True
 
 
-def _is_sound(value: Any) -> bool:
-    return (
+def _is_number(found: Any, count: int) -> bool:
+    return isinstance(found, int) and not isinstance(found, bool) and 0 <= found < count
+
+
+def _are_rows(start: Any, stop: Any) -> bool:
+    whole = all(isinstance(x, int) and not isinstance(x, bool) for x in (start, stop))
+    return whole and 0 <= start < stop
+
+
+def _is_sound(key: str, value: Any) -> bool:
+    sound = (
         isinstance(value, Tensor)
         and value.dtype.is_floating_point
         and value.layout == torch.strided
         and value.device.type != "meta"
         and bool(torch.isfinite(value).all())
     )
+    return sound and not (key in _MASSES and bool((value < 0).any()))
 
 
 def _short(value: Any) -> str:

@@ -9,6 +9,7 @@ from torch.autograd.graph import GradientEdge
 
 from lightning_curvature.oracle.labels import LabelSampler
 from lightning_curvature.oracle.plans import LayerPlan
+from lightning_curvature.oracle.reach import losses_behind
 from lightning_curvature.oracle.record import LossTerm
 from lightning_curvature.oracle.roots import Root, layer_roots
 
@@ -23,10 +24,12 @@ class LayerGradients(NamedTuple):
     Attributes:
         gradients: For every root the gradients at the edges, and those of the parameters.
         weights: Weights of the examples in each loss.
+        behind: For every edge the numbers of the losses that lead to it; None for all.
     """
 
     gradients: list[_Found]
     weights: list[Tensor]
+    behind: list[tuple[int, ...]] | None
 
 
 def layer_gradients(
@@ -72,7 +75,7 @@ def layer_gradients(
                 outputs, ends, vectors, retain_graph=True, allow_unused=True
             )
             gradients.append((list(found[: len(edges)]), list(found[len(edges) :])))
-    return LayerGradients(gradients, weights)
+    return LayerGradients(gradients, weights, losses_behind(terms, edges))
 
 
 def _together(

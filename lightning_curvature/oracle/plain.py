@@ -117,6 +117,9 @@ class ModelOracle(ClosureOracle):
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
             return
+        if self._forward is not None:  # an evaluation with gradients on, say
+            for attachment in self.attachments:
+                attachment.forward_dropped()
         environment = Environment.of(self.module, self.device, self.unchanging_buffers)
         self._forward = _Forward(args, kwargs, environment)
 

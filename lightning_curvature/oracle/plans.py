@@ -82,6 +82,7 @@ class LayerObserver(Protocol):
         record: Any,
         gradients: Sequence[tuple[list[Tensor | None], list[Tensor | None]]],
         weights: Sequence[Tensor],
+        behind: Sequence[tuple[int, ...]] | None = None,
     ) -> None:
         """Take in one micro-batch.
 
@@ -90,6 +91,7 @@ class LayerObserver(Protocol):
             gradients: For every root the gradients of what `edges` returned, None where the losses
                 do not depend on it. The sum of their outer products is the curvature.
             weights: Weights of the examples (and positions) in each loss.
+            behind: For every output the numbers of the losses that lead to it; None for all.
         """
 
     def drop_finished(self, kept: Sequence[Any]) -> None:

@@ -68,6 +68,9 @@ class Attachment(Protocol):
     def zeroed(self) -> None:
         """Hear that the gradients were set to zero."""
 
+    def forward_dropped(self) -> None:
+        """Hear that no loss will come of the forward pass that was watched last."""
+
 
 class Oracle(ABC):
     """Answers questions about the loss of the micro-batches of one optimizer step.

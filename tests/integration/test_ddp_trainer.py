@@ -28,8 +28,8 @@ GROUP = "Distributed"
 # Arguments that change which questions are asked, and when.
 VARIANTS: dict[str, dict[str, Any]] = {
     "curvature now and then": {"curvature_update_interval": 3},
-    "damping now and then": {"damping_update_interval": 2},
-    "both now and then": {"curvature_update_interval": 3, "damping_update_interval": 2},
+    "damping now and then": {"damping_update_interval": 4},
+    "both now and then": {"curvature_update_interval": 3, "damping_update_interval": 4},
     "hessian": {"curvature": "hessian"},
     "fixed damping": {"damping_algorithm": "fixed"},
     "averages": {"curvature_ema": 0.5, "lr_ema": 0.5},

@@ -170,7 +170,7 @@ def test_attached_model(contract: Contract, directional: str, position: str, err
 @pytest.mark.parametrize("position", ["first", "last"])
 def test_bare_closure(contract: Contract, position: str, error: str) -> None:
     """Buffers are not protected there; everything else is."""
-    if "layers" in contract.info.asks:
+    if contract.needs_module:
         pytest.skip("needs a model")
     backward = torch.autograd.backward
     loop = drill(lambda: ClosureLoop(contract.make, "fd"), position, ERRORS[error])

@@ -10,6 +10,8 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from lightning_curvature.curvature import kronecker
+from lightning_curvature.optim import kfac_step
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
 from tests.helpers.plain_loop import Loop, classification, network
@@ -75,18 +77,22 @@ SYNC_OPTIONS: list[dict[str, Any]] = [
 ]
 
 
+@pytest.fixture
+def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a CPU, where that costs nothing, they look at the gradient and at what they found."""
+    monkeypatch.setattr(DiagonalOptimizer, "_can_look", lambda *_: False)
+    monkeypatch.setattr(kronecker, "_can_look", lambda *_: False)
+    monkeypatch.setattr(kfac_step, "_is_known", lambda *_: False)
+
+
 @every_optimizer
+@pytest.mark.usefixtures("as_on_a_device")
 @pytest.mark.parametrize("options", SYNC_OPTIONS)
 @pytest.mark.parametrize("directional", ["jvp", "fd"])
 def test_a_step_does_not_wait_for_the_device(
-    contract: Contract,
-    options: dict[str, Any],
-    directional: str,
-    monkeypatch: pytest.MonkeyPatch,
+    contract: Contract, options: dict[str, Any], directional: str
 ) -> None:
-    # On a CPU, where that costs nothing, they look at the gradient.
-    monkeypatch.setattr(DiagonalOptimizer, "_can_look", lambda *_: False)
-    if not contract.takes(*options):
+    if not contract.accepts(**options):
         pytest.skip("arguments of another optimizer")
     dtype = torch.float32
     make = contract.making(**options, **contract.quiet)
@@ -107,6 +113,7 @@ def test_a_step_does_not_wait_for_the_device(
 
 
 @every_optimizer
+@pytest.mark.usefixtures("as_on_a_device")
 def test_reading_steps_come_at_the_announced_interval(contract: Contract) -> None:
     """The self-check reads every 50th ask."""
     if "directional" not in contract.info.asks:

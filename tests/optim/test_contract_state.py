@@ -154,6 +154,8 @@ def test_state_dict_is_a_snapshot_of_the_scalars(contract: Contract) -> None:
     loop = Loop(network(), contract.making(**contract.rich))
     loop.train(classification(2))
     saved = loop.optimizer.state_dict()["curvature"]
+    for name in contract.shared_state:
+        assert saved.pop(name)
     before = copy.deepcopy(saved)
     loop.train(classification(3))
     assert identical(saved, before)
@@ -368,7 +370,8 @@ def test_signature_follows_torch(contract: Contract) -> None:
     """``params`` first, then ``lr``; the switches that change no result by keyword only."""
     parameters = inspect.signature(contract.info.cls).parameters
     assert list(parameters)[:2] == ["params", "lr"]
-    for name in ("foreach", "maximize"):
+    switches = {"maximize"} | ({"foreach"} & set(parameters))
+    for name in switches:
         assert parameters[name].kind is inspect.Parameter.KEYWORD_ONLY
     documented = contract.info.cls.__doc__ or ""
     for name in parameters:

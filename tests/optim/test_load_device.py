@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_curvature.oracle import Oracle
-from lightning_curvature.oracle.protocol import Directional
+from lightning_curvature.oracle.protocol import Directional, Quadratic
 from tests.helpers.optimizer_db import (
     RICH,
     Contract,
@@ -96,6 +96,13 @@ class Constant(Oracle):
 
     def directional(self, direction: Sequence[Tensor], **kwargs: Any) -> Directional:
         return Directional(self._one, self._one)
+
+    def quadratic(self, directions: Sequence[Sequence[Tensor]], **kwargs: Any) -> Quadratic:
+        count = len(directions)
+        return Quadratic(self._one.expand(count), torch.eye(count, device=self._one.device))
+
+    def see_layers(self) -> None:
+        pass
 
     def hvp(self, directions: Sequence[Tensor], **kwargs: Any) -> list[Tensor]:
         return [direction.clone() for direction in directions]
