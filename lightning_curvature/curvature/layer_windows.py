@@ -198,7 +198,7 @@ class LayerWindow(ABC):
         """Forget what belongs to a gradient that is gone."""
         self.clear()
 
-    def forward_dropped(self) -> None:
+    def forward_dropped(self) -> None:  # noqa: B027 - nothing is kept of a forward pass
         """Nothing was kept: layers are seen when their gradient arrives."""
 
     @abstractmethod
