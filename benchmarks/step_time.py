@@ -210,7 +210,7 @@ def _kfac() -> dict[str, Variant]:
     }
     always = {"factor_warmup": 0, "inverse_update_interval": 1, "damping_update_interval": 1}
     seldom = {**fixed, "factor_update_interval": CYCLE, "inverse_update_interval": 10 * CYCLE}
-    low = {"inverse_dtype": "bfloat16"}
+    low = {"factor_dtype": "bfloat16", "inverse_dtype": "bfloat16"}
 
     def variant(goal: float | None, cycles: int = 1, cls: Any = KFAC, **options: Any) -> Variant:
         make = partial(cls, **options)
@@ -219,10 +219,12 @@ def _kfac() -> dict[str, Variant]:
     return {
         RIVAL: Variant(torch.optim.AdamW, "auto"),
         "KFAC, adaptive, everything every step": variant(5.0, **always),
+        "- the same in bfloat16": variant(5.0, **always, **low),
         "KFAC, adaptive, defaults": variant(None, factor_warmup=0),
         "KFAC, fixed, inverses every 10": variant(3.0, inverse_update_interval=CYCLE, **fixed),
+        "- the same in bfloat16 ": variant(3.0, inverse_update_interval=CYCLE, **fixed, **low),
         "KFAC, fixed, factors every 10, inverses every 100": variant(1.3, 10, **seldom),
-        "the same, inverses in bfloat16": variant(1.3, 10, **seldom, **low),
+        "- the same in bfloat16  ": variant(1.3, 10, **seldom, **low),
         "EKFAC, adaptive, defaults": variant(None, cls=EKFAC, factor_warmup=0),
     }
 

@@ -76,6 +76,7 @@ class FactorWindow:
         enabled: Tells whether the main passes of the coming step are to be watched.
         max_factor_dim: See `find_blocks`.
         kfac_approx: See `block_sums`.
+        factor_dtype: See `block_sums`.
         kinds: See `find_blocks`.
         without: See `find_blocks`.
         settled: Whether ``without`` is complete; otherwise the first batch tells what is missing.
@@ -95,6 +96,7 @@ class FactorWindow:
         *,
         max_factor_dim: int = 8192,
         kfac_approx: KfacApprox = "expand",
+        factor_dtype: torch.dtype | None = None,
         kinds: tuple[type[nn.Module], ...] = KRONECKER_LAYERS,
         without: frozenset[int] = frozenset(),
         settled: bool = False,
@@ -103,6 +105,7 @@ class FactorWindow:
         self.trained = frozenset(n for n, p in enumerate(self.params) if p.requires_grad)
         self.bases: Mapping[str, Basis | None] = {}
         self.kfac_approx = kfac_approx
+        self.factor_dtype = factor_dtype
         self.without = without
         self._find = functools.partial(find_blocks, module, self.params, kinds=kinds)
         self._max_factor_dim = max_factor_dim
@@ -244,6 +247,7 @@ class FactorWindow:
             weights,
             kfac_approx=self.kfac_approx,
             basis=self.bases.get(block.name),
+            factor_dtype=self.factor_dtype,
         )
 
     def _scale_sums(self, call: LayerCall, grads: Sequence[Tensor]) -> Iterator[tuple[int, Tensor]]:

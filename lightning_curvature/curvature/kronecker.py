@@ -112,9 +112,7 @@ def _mixed(
     share = torch.where(found, share, torch.zeros_like(share)).to(value.dtype)
     # Not finite times zero would not be zero.
     value = torch.where(found, value, old)
-    limit = torch.finfo(dtype).max
-    # What a short format cannot hold would be infinite in it, for good.
-    return torch.lerp(old, value, share).clamp(-limit, limit).to(dtype)
+    return torch.lerp(old, value, share).to(dtype)
 
 
 def _can_look(value: Tensor) -> bool:

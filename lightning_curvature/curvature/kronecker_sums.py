@@ -154,6 +154,7 @@ def block_sums(
     *,
     kfac_approx: KfacApprox = "expand",
     basis: Basis | None = None,
+    factor_dtype: torch.dtype | None = None,
 ) -> BlockSums:
     """Return the sums over one call of a layer.
 
@@ -165,6 +166,7 @@ def block_sums(
         kfac_approx: "expand" takes every position for an example of its own, "reduce" takes the
             mean input and the summed gradient over the positions of an example.
         basis: Where to sum squared gradients, None for nowhere.
+        factor_dtype: Precision of the products, None for that of the rows.
     """
     given = call.given.movedim(call.batch_axis, 0)
     grads = [grad.movedim(call.batch_axis, 0) for grad in gradients]
@@ -191,8 +193,8 @@ def block_sums(
             marks = next(signals, None) or rows
             inputs = None
             if number == 0:
-                inputs = _input_sums(info, rows, marks.outputs, examples, weights)
-            part = _sums(info, rows, inputs, basis)
+                inputs = _input_sums(info, rows, marks.outputs, examples, weights, factor_dtype)
+            part = _sums(info, rows, inputs, basis, factor_dtype)
             sums = part if sums is None else sums.plus(part)
     assert sums is not None
     return sums
@@ -204,7 +206,12 @@ def _signal(grads: Sequence[Tensor]) -> Tensor:
 
 
 def _input_sums(
-    info: BlockInfo, rows: Rows, marks: Tensor, examples: int, weights: ExampleWeights
+    info: BlockInfo,
+    rows: Rows,
+    marks: Tensor,
+    examples: int,
+    weights: ExampleWeights,
+    factor_dtype: torch.dtype | None,
 ) -> tuple[Tensor, Tensor]:
     """Return A and M of some rows."""
     dtype = rows.outputs.dtype
@@ -228,7 +235,7 @@ def _input_sums(
     if each is not None:
         each = each.to(dtype)
         inputs = inputs * each.sqrt()[:, None]
-    total = _grams(inputs, info.input)
+    total = _grams(inputs, info.input, factor_dtype)
     return (total * even, even * count) if each is None else (total, each.sum())
 
 
@@ -238,17 +245,24 @@ def _spread(present: Tensor, examples: int, dtype: torch.dtype) -> Tensor:
     return (marks * (marks.shape[1] / marks.sum(1, keepdim=True).clamp_min(1))).flatten()
 
 
-def _grams(x: Tensor, side: Side) -> Tensor:
+def _grams(x: Tensor, side: Side, dtype: torch.dtype | None) -> Tensor:
     """Return the products of the columns of ``[groups, rows, size]`` as far as they are kept."""
     if side.kind == "diagonal":
         return x.square().sum(1)[..., None, None]
+    if dtype is not None and dtype != x.dtype:
+        # Where factors are kept in low precision anyway, products in it are much faster.
+        return _grams(x.to(dtype), side, None).to(x.dtype)
     parts = split(x, side)
     groups, cuts, rows, width = parts.shape
     return gram(parts.reshape(groups * cuts, rows, width)).view(groups, cuts, width, width)
 
 
 def _sums(
-    info: BlockInfo, rows: Rows, inputs: tuple[Tensor, Tensor] | None, basis: Basis | None
+    info: BlockInfo,
+    rows: Rows,
+    inputs: tuple[Tensor, Tensor] | None,
+    basis: Basis | None,
+    factor_dtype: torch.dtype | None,
 ) -> BlockSums:
     outputs = rows.outputs
     if inputs is None:
@@ -256,7 +270,7 @@ def _sums(
         a_sum = outputs.new_zeros(info.groups, side.cuts, side.width, side.width)
         inputs = a_sum, outputs.new_zeros(())
     squares = None if basis is None else _squares(info, rows, basis)
-    return BlockSums(inputs[0], _grams(outputs, info.output), inputs[1], squares)
+    return BlockSums(inputs[0], _grams(outputs, info.output, factor_dtype), inputs[1], squares)
 
 
 def rotated(x: Tensor, side: Side, vectors: Tensor | None) -> Tensor:

@@ -118,8 +118,9 @@ class KFAC(KFACStep):
             factors are plain means; >= 0.
         max_factor_dim: Largest number of rows of a dense factor. A larger one is cut into up to 8
             blocks, one still larger is kept as a diagonal; the log names them.
-        factor_dtype: What factors are stored in: "float32" or "bfloat16"; None for the precision of
-            the parameters, at least float32. What rounding may have made negative is damped.
+        factor_dtype: What factors are computed and stored in: "float32" or "bfloat16"; None for the
+            precision of the parameters, at least float32. What rounding may have made negative is
+            damped.
         inverse_dtype: What inverses and eigenvectors are stored and multiplied in, likewise.
             "bfloat16" multiplies several times faster on hardware that has it. They are always
             computed in float32 or float64.

@@ -23,6 +23,7 @@ from lightning_curvature.curvature.kronecker import (
 from lightning_curvature.curvature.kronecker_blocks import BlockInfo, Blocks
 from lightning_curvature.curvature.kronecker_memory import MemoryEstimate, estimate_memory
 from lightning_curvature.curvature.kronecker_shares import Shares
+from lightning_curvature.curvature.kronecker_sums import Basis
 from lightning_curvature.curvature.layer_rows import from_matrix, to_matrix
 from lightning_curvature.optim.damped import DampedOptimizer
 from lightning_curvature.optim.inverse_failures import InverseFailures
@@ -130,6 +131,7 @@ class KroneckerOptimizer(DampedOptimizer):
             self._watches_main_pass,
             max_factor_dim=group["max_factor_dim"],
             kfac_approx=group["kfac_approx"],
+            factor_dtype=_DTYPES.get(group["factor_dtype"]),
             without=without,
             settled=self._saved is not None and bool(self._saved["blocks"]),
         )
@@ -147,7 +149,7 @@ class KroneckerOptimizer(DampedOptimizer):
         assert self.oracle is not None
         known = self._window.parts.blocks
         self._states = {name: state for name, state in self._states.items() if name in known}
-        self._window.bases = {name: basis_of(state) for name, state in self._states.items()}
+        self._window.bases = self._bases()
         self._shares = Shares(
             known,
             self.oracle.num_ranks,
@@ -159,6 +161,12 @@ class KroneckerOptimizer(DampedOptimizer):
         # A checkpoint has the inverses of one rank; here nobody knows what others have.
         sure = [] if self._shares.memory else list(self._states)
         self._inverted = {name for name in sure if not self._lacks_inverse(name)}
+
+    def _bases(self) -> dict[str, Basis | None]:
+        """Return where squared gradients are summed up; the same on every rank."""
+        if not self._corrected:
+            return {}
+        return {name: basis_of(state) for name, state in self._states.items()}
 
     @property
     def _parts(self) -> Blocks:
@@ -324,8 +332,8 @@ class KroneckerOptimizer(DampedOptimizer):
         self._watch_anew()
         now = self._covered_by()
         # A layer that was without its bias has other factors with it.
-        same = [name for name in self._states if now.get(name) == before.get(name)]
-        self._states = {name: self._states[name] for name in same}
+        unchanged = [name for name in self._states if now.get(name) == before.get(name)]
+        self._states = {name: self._states[name] for name in unchanged}
         self._diagonals = {
             number: kept[id(p)] for number, p in enumerate(self._all_params()) if id(p) in kept
         }
@@ -422,7 +430,7 @@ class KroneckerOptimizer(DampedOptimizer):
         for key, count in self._inverse_failures.counts().items():
             stats[key] = torch.full_like(damping, count)
         assert self._window is not None
-        self._window.bases = {name: basis_of(state) for name, state in self._states.items()}
+        self._window.bases = self._bases()
         if self._due(_INVERSES):
             self._refreshed(_INVERSES, None)
 

@@ -231,9 +231,9 @@ def state_tensors(optimizer: CurvatureOptimizer) -> dict[str, Tensor]:
 def numbered(state: dict[str, Any]) -> dict[str, Any]:
     """Return a state whose layers are numbered: their names depend on what was attached."""
     own = state["curvature"]
-    if "factors" not in own:
-        return state
-    return {**state, "curvature": {**own, "factors": dict(enumerate(own["factors"].values()))}}
+    layers = {key: own[key] for key in ("factors", "blocks") if key in own}
+    found = {key: dict(enumerate(entries.values())) for key, entries in layers.items()}
+    return {**state, "curvature": {**own, **found}}
 
 
 def identical(one: Any, other: Any) -> bool:

@@ -25,7 +25,7 @@ pytestmark = pytest.mark.ddp
 STEPS = 6
 BATCH = 8
 ROUTES = {"strategy": "ddp_curvature", "auto": "ddp"}
-MAX_COLLECTIVES, MAX_BYTES = 2, 100
+MAX_BYTES = 100
 
 Collective = tuple[str, int]  # name, bytes
 
@@ -123,30 +123,44 @@ def beyond_ddp(
     return found
 
 
+def max_collectives(contract: Contract) -> int:
+    """Return how many collectives a step may cost.
+
+    What is averaged over two directions and the new loss are two, of less than 100 bytes in all.
+    K-FAC averages its factors, too: half of each symmetric matrix, 4 (n^2 + n) / 2 bytes of one of
+    n rows in float32, on the steps of ``factor_update_interval``. Where ``inverse_sharding`` is not
+    "none" there is one more: the inverses, as large as the factors.
+    """
+    return 3 if "layers" in contract.info.asks and contract.runs_again else 2
+
+
 def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> None:
     """Assert that steps send little where they ask, and nothing where they do not."""
     for number, (sent, asked) in enumerate(steps):
         assert asked or not sent
         assert all(name == "c10d::allreduce_" for name, _ in sent)
         # Before the first answer the ranks agree once whether a loss function was seen.
-        assert len(sent) <= MAX_COLLECTIVES + (number == 0)
+        assert len(sent) <= max_collectives(contract) + (number == 0)
         if contract.info.asks <= {"loss", "directional"}:
             assert sum(size for _, size in sent) < MAX_BYTES
+        elif contract.runs_again:
+            # All but the largest, which has the factors.
+            assert sum(sorted(size for _, size in sent)[:-1]) < MAX_BYTES
     assert any(asked for _, asked in steps) == bool(contract.info.asks)
     assert any(sent for sent, _ in steps) == bool(contract.info.asks)
 
 
 @every_family
 @pytest.mark.parametrize("route", ROUTES)
-@pytest.mark.feature("Distributed", "Communication: at most 2 collectives per step")
-def test_questions_cost_two_small_collectives(
+@pytest.mark.feature("Distributed", "Communication: at most 2 collectives per step, K-FAC 3")
+def test_questions_cost_few_small_collectives(
     contract: Contract, route: str, ranks: RankPool
 ) -> None:
     check(beyond_ddp(ranks, contract.making(), route), contract)
 
 
 @every_family
-@pytest.mark.feature("Distributed", "Communication: at most 2 collectives per step")
+@pytest.mark.feature("Distributed", "Communication: at most 2 collectives per step, K-FAC 3")
 def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None:
     check(beyond_ddp(ranks, contract.making(), "strategy", accumulate=3), contract)
 
@@ -155,7 +169,11 @@ def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None
 @pytest.mark.feature("Distributed", "Communication: none on steps that ask nothing")
 def test_steps_that_ask_nothing_send_nothing(contract: Contract, ranks: RankPool) -> None:
     intervals = dict.fromkeys(contract.intervals, 3)
-    steps = beyond_ddp(ranks, contract.making(**intervals), "strategy")
+    options: dict[str, Any] = {**intervals}
+    if contract.takes("factor_warmup"):
+        # It adapts its damping at the end of an interval, not where it starts.
+        options |= {"factor_warmup": 0, "damping_algorithm": "fixed"}
+    steps = beyond_ddp(ranks, contract.making(**options), "strategy")
     check(steps, contract)
     if intervals:
         assert [asked for _, asked in steps] == [True, False, False] * (STEPS // 3)

@@ -35,14 +35,29 @@ GROUP = "Distributed"
 WINDOWS = [("strategy", 1), ("built", 1), ("strategy", 2)]
 
 
+def _within(contract: Contract, otherwise: float = 1e-12) -> float:
+    """Return how near two fits on four examples must come.
+
+    EK-FAC averages in an eigenbasis, of which so few examples determine a part only.
+    """
+    return max(otherwise, 1e-2) if contract.info.name == "ekfac" else otherwise
+
+
 @every_family
 @pytest.mark.parametrize(("route", "accumulate"), WINDOWS)
 @pytest.mark.feature(GROUP, "Ranks with different numbers of ignored targets")
 def test_ignored_targets(contract: Contract, route: str, accumulate: int, ranks: RankPool) -> None:
     """Three targets on one rank, one on the other."""
-    settings: dict[str, Any] = {"data": with_ignored_targets(), "max_epochs": 2}
     compare(
-        ranks, fit, contract, Ignoring, route=route, accumulate_grad_batches=accumulate, **settings
+        ranks,
+        fit,
+        contract,
+        Ignoring,
+        within=_within(contract),
+        route=route,
+        data=with_ignored_targets(),
+        accumulate_grad_batches=accumulate,
+        max_epochs=2,
     )
 
 
@@ -59,7 +74,7 @@ def test_no_target_and_a_loss_of_zero(
         fit,
         contract,
         NoneIsZero,
-        within=1e-12 if directional == "jvp" else 1e-5,
+        within=_within(contract, 1e-12 if directional == "jvp" else 1e-5),
         route=route,
         directional=directional,
         data=with_ignored_targets(empty=True),
@@ -74,7 +89,7 @@ def test_the_very_first_batch_has_no_target(contract: Contract, ranks: RankPool)
     """... on one rank: no rank may take that for a loss that is never captured."""
     rows = (tensor[8:] for tensor in with_ignored_targets(empty=True).tensors)
     data = TensorDataset(*rows)
-    compare(ranks, fit, contract, NoneIsZero, data=data)
+    compare(ranks, fit, contract, NoneIsZero, within=_within(contract), data=data)
 
 
 @every_family
@@ -89,13 +104,16 @@ def test_no_target_and_a_loss_of_nan(
         "accumulate_grad_batches": accumulate,
         "callbacks": [Weights()],
     }
-    first, second, _ = compare(ranks, fit, contract, Ignoring, route=route, **settings)
+    within = _within(contract)
+    first, second, _ = compare(
+        ranks, fit, contract, Ignoring, within=within, route=route, **settings
+    )
     assert [math.isnan(loss) for loss in second.losses] == [False, True, False, False, False]
     zero = fit(contract, NoneIsZero, **settings)
     weights, expected = first.seen["weights"], zero.seen["weights"]
     # Later steps may differ: no reduction ratio comes out of a loss of NaN.
     for step in range(3):
-        torch.testing.assert_close(weights[step], expected[step], rtol=0, atol=1e-12)
+        torch.testing.assert_close(weights[step], expected[step], rtol=0, atol=within)
     assert not torch.equal(weights[1 if accumulate == 1 else 0], weights[2])
     assert not torch.equal(weights[2], weights[4])
 

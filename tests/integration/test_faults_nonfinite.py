@@ -130,8 +130,10 @@ def test_bad_gradient(contract: Contract, route: str, kind: str) -> None:
         assert optimizer_of(module).stats["skipped_steps"] == len(BAD)
         name = contract.info.cls.__name__
         told = [text for text in said if f"{name} skipped 2 of {LIMIT} steps" in text]
-        assert said == told
         assert len(told) == 1
+        # Factors were spared, too, and counted as such.
+        spared = f"{name} kept old factors {len(BAD)} times"
+        assert all(text.startswith(spared) for text in said if text not in told)
 
 
 @every_family

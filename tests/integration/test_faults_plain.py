@@ -183,11 +183,21 @@ def test_bare_closure(contract: Contract, position: str, error: str) -> None:
 
 
 @every_family
-@pytest.mark.parametrize("options", [{}, {"weight_decay": 0.1, "decoupled_weight_decay": False}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"damping_algorithm": "decreasing-loss"},
+        {
+            "damping_algorithm": "decreasing-loss",
+            "weight_decay": 0.1,
+            "decoupled_weight_decay": False,
+        },
+        {"step_rejection": True},
+    ],
+)
 def test_a_step_that_can_be_rejected(contract: Contract, options: dict[str, Any]) -> None:
     """Weights that the optimizer had moved and backed up itself."""
-    options = {**options, "damping_algorithm": "decreasing-loss"}
-    if not contract.takes(*options):
+    if not contract.accepts(**options):
         pytest.skip("rejects no step")
     loop = drill(
         lambda: AttachedLoop(contract.making(**options), "jvp"), "last", KeyboardInterrupt()

@@ -31,8 +31,9 @@ STEPS, WARM, PERIOD = 200, 50, 100
 BAD_EVERY = 10
 # A thread of gloo lets go of what it sent a little later; one scalar per step would be 400 bytes.
 GLOO_SLACK = 64
-# Whoever averages vectors sends one of the size of all parameters, which would be 40 kB.
-GLOO_VECTOR_SLACK = 512
+# Whoever averages vectors or factors sends some of the size of all parameters and more, which would
+# be 40 kB and more.
+GLOO_VECTOR_SLACK = 1024
 
 
 @pytest.fixture(autouse=True)
@@ -72,6 +73,8 @@ PLAIN: dict[str, dict[str, Any]] = {
 
 @every_family
 @pytest.mark.filterwarnings("ignore:.*skipped:RuntimeWarning")
+# Two hundred steps on one batch may end in its minimum, where slopes are but rounding.
+@pytest.mark.filterwarnings("ignore:Self-check:RuntimeWarning")
 @pytest.mark.parametrize("case", list(PLAIN))
 @pytest.mark.feature("Faults", "memory flat over 200 steps")
 def test_plain_loop(contract: Contract, case: str) -> None:
