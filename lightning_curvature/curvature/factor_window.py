@@ -134,6 +134,11 @@ class FactorWindow:
 
     # What the oracle calls
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there are layers that a pass should call."""
+        return bool(self.parts.blocks)
+
     def edges(self) -> tuple[list[GradientEdge], list[Tensor]]:
         """Return the outputs of the layers called in this pass, and parameters."""
         self._calls = [call for call in self._tape.take() if call.is_sound]

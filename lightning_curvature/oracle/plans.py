@@ -74,6 +74,10 @@ class ProbePlan:
 class LayerObserver(Protocol):
     """What learns about layers; it lives as long as the oracle and is told of every micro-batch."""
 
+    @property
+    def has_blocks(self) -> bool:
+        """Whether there are layers that a pass should call."""
+
     def edges(self) -> tuple[list[GradientEdge], list[Tensor]]:
         """Return the places whose gradients are wanted: outputs of layers, and parameters."""
 

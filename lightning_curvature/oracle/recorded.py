@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
-from lightning_curvature.oracle.extra_pass import ContextFactory, marked
+from lightning_curvature.oracle.extra_pass import ContextFactory, in_extra_pass, marked
 from lightning_curvature.oracle.hidden import hidden_parameters
 from lightning_curvature.oracle.layer_gradients import layer_gradients
 from lightning_curvature.oracle.plans import LayerPlan, ProbePlan, SamplePlan
@@ -307,6 +307,8 @@ class RecordedOracle(Oracle):
         if not (self._passes_again or self._incomplete):
             return
         plan.observer.drop_finished([])
+        # The same draws as on the graphs of the main passes.
+        self._layer_calls = 0
         with plan.observer.during_extra_pass():
             for record in self._recorded():
                 with self._terms_again(record) as terms:
@@ -316,6 +318,10 @@ class RecordedOracle(Oracle):
         self._layer_calls += 1
         own = rank() if self._mean is not None else 0
         edges, params = plan.observer.edges()
+        if terms and not edges and plan.observer.has_blocks and not in_extra_pass():
+            # A compiled training_step hides its layers: the pass that runs again is eager.
+            self._passes_again = True
+            return
         with torch.enable_grad(), marked():
             found = layer_gradients(terms, edges, params, plan, (own, self._layer_calls - 1))
         if found is not None:

@@ -187,6 +187,8 @@ SPECIAL: dict[str, dict[str, Any]] = {
             "exact": {"fisher_type": "type-2"},
             "quiet": KFAC_QUIET,
             "shared_state": ("blocks",),
+            # The bases of EK-FAC are not unique where a factor is singular, and dearer.
+            "represents": name == "kfac",
         }
         for name in ("kfac", "ekfac")
     },
