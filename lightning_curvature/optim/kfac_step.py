@@ -184,7 +184,7 @@ class KFACStep(KroneckerOptimizer):
             stats[name] = self._scalars[name]
         self.stats = {**self.stats, **stats}
         if self._adaptive() and self._due(_CURVATURE):
-            self._refreshed(_CURVATURE, stats.get("curvature_drift"))
+            self._refreshed(_CURVATURE, stats.get("model_drift"))
         if self._damping_due():
             owned = self.damping_interval in self._schedules
             self._refreshed(
@@ -229,6 +229,9 @@ class KFACStep(KroneckerOptimizer):
             w, found = answer.values, answer.found
             old = [self._scalar(name, like) for name in ("alpha", "beta")]
             sound = found & gradient.finite
+            if _CURVATURE in self._schedules and "alpha" in self._scalars:
+                moved = (-w[0] - old[0]).abs() / old[0].abs()
+                stats["model_drift"] = torch.where(sound, moved, torch.zeros_like(moved))
             self._scalars["alpha"] = torch.where(sound, -w[0], old[0])
             self._scalars["beta"] = torch.where(sound, w[1], old[1])
             stats["curvature"] = model.matrix[0, 0]
