@@ -18,29 +18,23 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
+import cifar10
 import fashion_mnist
-import numpy as np
 import torch
 from fashion_mnist import Contestant, Data
-from report import (
-    Measurement,
-    add_common_arguments,
-    append_csv,
-    markdown_table,
-    number,
-)
-from torch import Tensor, nn
-from torch.nn import functional
+from report import Measurement, add_common_arguments, append_csv, markdown_table, number
+from torch import nn
 from torch.optim import Optimizer
 
 from lightning_curvature import EKFAC, KFAC
 
-__all__ = ["TASKS", "ResidualNetwork", "Run", "load_cifar10", "main"]
+__all__ = ["TASKS", "Run", "Task", "main"]
 
 _ADAPTIVE = "K-FAC, adaptive"
 _EIGENBASIS = "EK-FAC, adaptive"
 _FIXED = "K-FAC, fixed lr"
 _RIVAL = "AdamW"
+_NEAR = 1.1
 _COLORS = {
     _RIVAL: "tab:orange",
     _ADAPTIVE: "tab:blue",
@@ -60,83 +54,12 @@ _fixed = partial(
 )
 
 
-class ResidualNetwork(nn.Module):
-    """Stem, three residual blocks of two convolutions with BatchNorm, average, linear layer.
-
-    Args:
-        width: Channels of the first block; the others have twice and four times as many.
-    """
-
-    def __init__(self, width: int = 16) -> None:
-        super().__init__()
-        widths = [width, width, 2 * width, 4 * width]
-        self.stem = nn.Sequential(*_convolution(3, width, stride=2), nn.ReLU())
-        self.blocks = nn.ModuleList()
-        self.shortcuts = nn.ModuleList()
-        for i, (before, after) in enumerate(zip(widths[:-1], widths[1:], strict=True)):
-            stride = 1 if i == 0 else 2
-            first = _convolution(before, after, stride=stride)
-            self.blocks.append(nn.Sequential(*first, nn.ReLU(), *_convolution(after, after)))
-            same = before == after
-            self.shortcuts.append(
-                nn.Identity() if same else nn.Conv2d(before, after, 1, stride, bias=False)
-            )
-        self.head = nn.Linear(widths[-1], 10)
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Return the logits ``[N, 10]`` of images ``[N, 3, height, width]``."""
-        hidden = self.stem(images)
-        for block, shortcut in zip(self.blocks, self.shortcuts, strict=True):
-            hidden = functional.relu(block(hidden) + shortcut(hidden))
-        return self.head(hidden.mean((2, 3)))
-
-
-def _convolution(channels_in: int, channels_out: int, stride: int = 1) -> list[nn.Module]:
-    convolution = nn.Conv2d(channels_in, channels_out, 3, stride, padding=1, bias=False)
-    return [convolution, nn.BatchNorm2d(channels_out)]
-
-
-def load_cifar10(folder: Path) -> Data:
-    """Read a part of CIFAR-10 and standardize its channels; one part validates and tests.
-
-    Args:
-        folder: Folder that holds ``cifar10_small/cifar10_small.npz``.
-
-    Raises:
-        FileNotFoundError: If the file is not there.
-    """
-    path = folder / "cifar10_small" / "cifar10_small.npz"
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"No file {path}: --data must name the folder that holds it, with the arrays x_train, "
-            "y_train, x_test and y_test; images are uint8, [N, 3, 32, 32]."
-        )
-    with np.load(path) as arrays:
-        images, held_out = (torch.from_numpy(arrays[f"x_{p}"]) / 255 for p in ("train", "test"))
-        labels, held_out_labels = (
-            torch.from_numpy(arrays[f"y_{p}"]).long() for p in ("train", "test")
-        )
-    deviation, mean = torch.std_mean(images, dim=(0, 2, 3), keepdim=True)
-    images, held_out = (images - mean) / deviation, (held_out - mean) / deviation
-    validation = (held_out, held_out_labels)
-    return Data((images, labels), validation, validation)
-
-
 class Task(NamedTuple):
-    """A data set, its network and batches.
-
-    Attributes:
-        load: Reads the data.
-        network: Makes the network.
-        describe: Names the network.
-        batch: Images per batch of AdamW and of K-FAC with a fixed rate.
-        large_batch: Images per batch of K-FAC with adaptive rate.
-        epochs: Default passes over the data.
-    """
+    """A data set, its network, and batches: the large one is for the adaptive rate."""
 
     load: Callable[[Path], Data]
     network: Callable[[], nn.Module]
-    describe: str
+    description: str
     batch: int
     large_batch: int
     epochs: int
@@ -152,7 +75,7 @@ TASKS = {
         15,
     ),
     "cifar10": Task(
-        load_cifar10, ResidualNetwork, "residual network with BatchNorm", 128, 1000, 12
+        cifar10.load, cifar10.ResidualNetwork, "residual network with BatchNorm", 128, 500, 12
     ),
 }
 
@@ -215,7 +138,7 @@ def _evaluate(contestant: Contestant, data: Data) -> None:
 
 
 def _reached(contestant: Contestant, loss: float) -> tuple[float, float]:
-    """Return epochs and seconds of the first point with that loss or less, infinite for none."""
+    """Return epochs and seconds to the first point with that loss or less, infinite for none."""
     for epoch, point in enumerate(contestant.curve):
         if point.loss <= loss:
             return epoch, point.seconds
@@ -227,17 +150,17 @@ def _report(runs: list[Run], name: str, args: argparse.Namespace) -> tuple[str, 
     target = best[_RIVAL].best.loss
     rows, measurements = [], []
     epochs_there, seconds_there = _reached(best[_RIVAL], target)
-    for run in runs:
-        one = run.contestant
+    for kind, one in runs:
         epochs, seconds = _reached(one, target)
+        near = [number(value) for value in _reached(one, _NEAR * target)]
         rows.append(
             [
-                one.title + (" (best of its kind)" if one is best[run.kind] else ""),
+                one.title + (" (best of its kind)" if one is best[kind] else ""),
                 number(one.best.loss, 4),
                 str(one.curve.index(one.best)),
                 f"{one.best.accuracy:.1%}",
-                "-" if math.isinf(epochs) else f"{epochs:g}",
-                "-" if math.isinf(seconds) else f"{seconds:.1f}",
+                f"{number(epochs)} / {number(seconds)}",
+                " / ".join(near),
                 f"{one.seconds / max(1, len(one.curve) - 1):.2f}",
             ]
         )
@@ -252,8 +175,9 @@ def _report(runs: list[Run], name: str, args: argparse.Namespace) -> tuple[str, 
             measurements.append(
                 Measurement("kfac_curves", task, one.title, metric, value, rival, ratio)
             )
-    header = ["", "best validation loss", "in epoch", "accuracy there", "epochs to AdamW's best"]
-    return markdown_table([*header, "seconds to it", "seconds per epoch"], rows), measurements
+    header = ["", "best validation loss", "in epoch", "accuracy there"]
+    header += ["epochs / seconds to AdamW's best", "to 10 % above it", "seconds per epoch"]
+    return markdown_table(header, rows), measurements
 
 
 def _best(runs: list[Run]) -> dict[str, Contestant]:
@@ -305,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="passes over the data")
     parser.add_argument("--batch", type=int, help="batch of AdamW and of the fixed rate")
     parser.add_argument("--large-batch", type=int, help="batch of the adaptive rate")
-    parser.add_argument("--adamw-lr", type=float, nargs="+", default=[1e-3, 3e-3, 1e-2])
+    parser.add_argument("--adamw-lr", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3])
     parser.add_argument("--kfac-lr", type=float, nargs="+", default=[0.01, 0.03, 0.1])
     parser.add_argument("--kfac-damping", type=float, default=1e-2, help="with the fixed rate")
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and order")
@@ -329,7 +253,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     runs = _runs(task, args)
     _train(runs, data, args.epochs, args.seed)
     table, measurements = _report(runs, args.task, args)
-    title = f"{args.task}, {task.describe}"
+    title = f"{args.task}, {task.description}"
     print(f"\n### {title}, {args.epochs} epochs, seed {args.seed}\n\n{table}")
     _draw(runs, title, args.png)
     print(f"\nCurves: {args.png}")

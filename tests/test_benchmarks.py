@@ -17,7 +17,16 @@ import torch
 
 ROOT = Path(__file__).resolve().parents[1]
 FOLDER = ROOT / "benchmarks"
-SCRIPTS = ("paper_tasks", "step_time", "memory", "ddp", "monitor", "char_lm", "adafisher_sgd")
+SCRIPTS = (
+    "paper_tasks",
+    "step_time",
+    "memory",
+    "ddp",
+    "monitor",
+    "char_lm",
+    "adafisher_sgd",
+    "kfac_curves",
+)
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
 
@@ -125,6 +134,38 @@ def test_fashion_mnist(
     assert "(best AdamW)" in capsys.readouterr().out
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert len({row["optimizer"] for row in rows_of(tmp_path / "o.csv")}) == 3
+
+
+@pytest.mark.parametrize("task", ["fashion_mnist", "cifar10"])
+def test_kfac_curves(
+    task: str,
+    load_script: Callable[[str], ModuleType],
+    fashion_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    generator = np.random.default_rng(0)
+    (fashion_folder / "cifar10_small").mkdir()
+    images = generator.integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
+    labels = generator.integers(0, 10, 24, dtype=np.uint8)
+    np.savez(
+        fashion_folder / "cifar10_small" / "cifar10_small.npz",
+        x_train=images,
+        y_train=labels,
+        x_test=images,
+        y_test=labels,
+    )
+    arguments = [task, "--data", str(fashion_folder), "--csv", str(tmp_path / "o.csv"), "--smoke"]
+    arguments += ["--adamw-lr", "1e-3", "1e-2", "--kfac-lr", "0.03"]
+    load_script("kfac_curves").main([*arguments, "--png", str(tmp_path / "curves.png")])
+    assert "to AdamW's best" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    found = rows_of(tmp_path / "o.csv")
+    assert len({row["optimizer"] for row in found}) == 5
+    rivals = {row["rival"].partition(": ")[2] for row in found}
+    best = [row for row in found if row["optimizer"] in rivals]
+    # AdamW's best run compared with itself.
+    assert next(float(row["ratio"]) for row in best if "loss" in row["metric"]) == 1.0
 
 
 def test_step_time(

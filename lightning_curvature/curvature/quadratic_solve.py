@@ -39,6 +39,7 @@ def solve_coefficients(
     *,
     first: Tensor | None = None,
     second: Tensor | None = None,
+    second_limit: float | None = None,
 ) -> Coefficients:
     """Minimize the model over the coefficients that are free.
 
@@ -50,6 +51,8 @@ def solve_coefficients(
         slopes: b, ``[2]``.
         first: The first coefficient if it is given.
         second: The second coefficient if it is given.
+        second_limit: Largest absolute value of the second one if it is free, None for any. The
+            first one minimizes the model with what is left of it.
     """
     dtype = matrix.dtype
     m, b = matrix.double(), slopes.double()
@@ -64,6 +67,7 @@ def solve_coefficients(
     elif first is not None:
         w1 = first.double()
         w2 = torch.where(a22 > 0, -(b[1] + a12 * w1) / a22, zero)
+        w2 = _within(w2, second_limit)
     else:
         determinant = a11 * a22 - a12 * a12
         both = (a22 > 0) & (determinant > _LEAST_ANGLE * a11 * a22)
@@ -72,10 +76,17 @@ def solve_coefficients(
         w1 = torch.where(still, zero, w1)
         w2 = torch.where(both, (a12 * b[0] - a11 * b[1]) / safe, zero)
         w2 = torch.where(still & (a22 > 0), -b[1] / a22, w2)
+        kept = _within(w2, second_limit)
+        alone = torch.where(still, zero, -(b[0] + a12 * kept) / a11)
+        w1, w2 = torch.where(kept == w2, w1, alone), kept
     values = torch.stack([w1, w2])
     given = first is not None
     found = torch.isfinite(values).all() & ((a11 > 0) | still | given)
     return Coefficients(torch.where(found, values, torch.zeros_like(values)).to(dtype), found)
+
+
+def _within(value: Tensor, limit: float | None) -> Tensor:
+    return value if limit is None else value.clamp(-limit, limit)
 
 
 def quadratic_change(coefficients: Tensor, matrix: Tensor, slopes: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class EKFAC(KFACStep):
 
     Layers, learning rate, momentum and damping are those of `KFAC`.
 
-    Cost per step: that of `KFAC`, with an eigendecomposition (about five times an inverse) every
+    Cost per step: that of `KFAC`, with an eigendecomposition (five to ten times an inverse) every
     ``inverse_update_interval`` steps, and two rotations per layer for s.
     Memory: as `KFAC`, and one copy of the parameters for s. For layers with many positions
     gradients of single examples are there for a moment, at most 64 MB at a time.
@@ -52,9 +52,13 @@ class EKFAC(KFACStep):
             differ.
         l2_reg: Coefficient of a penalty ``0.5 * l2_reg * |theta|^2`` that the loss contains, so
             that the model of the loss knows its curvature; >= 0. The optimizer does not add it.
-        adaptive_lr: Whether the learning rate minimizes the quadratic model. Choose False, with a
-            ``norm_constraint``, for small batches: the model is that of the present batch.
+        adaptive_lr: Whether the learning rate minimizes the quadratic model of the present batch.
         adaptive_momentum: Whether the momentum minimizes it, too.
+        max_momentum: Largest absolute value of an adaptive momentum, > 0; None for none, as in
+            kfac-jax. Above 1 the last update grows, which small batches may do on every step.
+        max_relative_update: Largest norm of an update relative to that of all parameters, > 0. It
+            is reached only when something goes wrong: the model of a small batch has directions
+            without curvature. None for no limit, as in kfac-jax.
         norm_constraint: Largest ``lr^2 <Delta, grad>`` with a learning rate that is not adaptive;
             longer steps are shortened. None for none; 1e-3 is a usual value.
         damping_algorithm: Rule that adapts the damping: "levenberg-marquardt" looks at the
@@ -63,7 +67,8 @@ class EKFAC(KFACStep):
         damping_decrease_factor: Factor when the reduction ratio is above 3/4; in (0, 1].
         min_damping: Lower limit of the damping, >= 0. Every step fits its own batch better with
             less damping, whatever it does to the others; below 1e-5 runs on mini-batches diverge.
-        max_damping: Upper limit of the damping.
+        max_damping: Upper limit of the damping. At kinks of ReLU networks no model is right at any
+            step length; without a limit the damping grows until nothing moves.
         include_damping_in_quad_change: Whether the predicted change of the loss counts the damping
             as if it were curvature.
         step_rejection: Whether a step that raised the loss of its batch is undone; costs a forward
@@ -141,12 +146,14 @@ class EKFAC(KFACStep):
         l2_reg: float = 0.0,
         adaptive_lr: bool = True,
         adaptive_momentum: bool = True,
+        max_momentum: float | None = 0.9,
+        max_relative_update: float | None = 0.1,
         norm_constraint: float | None = None,
         damping_algorithm: Literal["levenberg-marquardt", "fixed"] = "levenberg-marquardt",
         damping_increase_factor: float = 1.67,
         damping_decrease_factor: float = 0.6,
         min_damping: float = 1e-4,
-        max_damping: float = 1e8,
+        max_damping: float = 10.0,
         include_damping_in_quad_change: bool = False,
         step_rejection: bool = False,
         rejection_increase_factor: float = 1.0,
@@ -178,6 +185,8 @@ class EKFAC(KFACStep):
             "l2_reg": l2_reg,
             "adaptive_lr": adaptive_lr,
             "adaptive_momentum": adaptive_momentum,
+            "max_momentum": max_momentum,
+            "max_relative_update": max_relative_update,
             "norm_constraint": norm_constraint,
             "damping_algorithm": damping_algorithm,
             "damping_increase_factor": damping_increase_factor,

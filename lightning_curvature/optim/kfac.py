@@ -52,9 +52,9 @@ class KFAC(KFACStep):
     `torch.nn.MultiheadAttention` have a block; normalization layers, and everything else, a
     diagonal. ``fallback_parameters`` names the latter.
 
-    Use it for full batches and batches of some hundred examples and more, where it needs a small
-    part of the steps of Adam. For small batches set ``adaptive_lr=False, adaptive_momentum=False``,
-    a ``norm_constraint``, and choose ``lr``.
+    Use it for full batches and mini-batches where you do not want to tune the learning rate; it
+    needs a part of the steps of Adam. ``adaptive_lr=False, adaptive_momentum=False`` with a
+    ``norm_constraint`` makes it a preconditioner for steps of your own choice.
 
     Cost per step: forward and backward; a backward for the factors, two forwards for the quadratic
     model, one for the reduction ratio, inversions, all thinned out by intervals.
@@ -72,9 +72,13 @@ class KFAC(KFACStep):
             differ.
         l2_reg: Coefficient of a penalty ``0.5 * l2_reg * |theta|^2`` that the loss contains, so
             that the model of the loss knows its curvature; >= 0. The optimizer does not add it.
-        adaptive_lr: Whether the learning rate minimizes the quadratic model. Choose False, with a
-            ``norm_constraint``, for small batches: the model is that of the present batch.
+        adaptive_lr: Whether the learning rate minimizes the quadratic model of the present batch.
         adaptive_momentum: Whether the momentum minimizes it, too.
+        max_momentum: Largest absolute value of an adaptive momentum, > 0; None for none, as in
+            kfac-jax. Above 1 the last update grows, which small batches may do on every step.
+        max_relative_update: Largest norm of an update relative to that of all parameters, > 0. It
+            is reached only when something goes wrong: the model of a small batch has directions
+            without curvature. None for no limit, as in kfac-jax.
         norm_constraint: Largest ``lr^2 <Delta, grad>`` with a learning rate that is not adaptive;
             longer steps are shortened. None for none; 1e-3 is a usual value.
         damping_algorithm: Rule that adapts the damping: "levenberg-marquardt" looks at the
@@ -83,7 +87,8 @@ class KFAC(KFACStep):
         damping_decrease_factor: Factor when the reduction ratio is above 3/4; in (0, 1].
         min_damping: Lower limit of the damping, >= 0. Every step fits its own batch better with
             less damping, whatever it does to the others; below 1e-5 runs on mini-batches diverge.
-        max_damping: Upper limit of the damping.
+        max_damping: Upper limit of the damping. At kinks of ReLU networks no model is right at any
+            step length; without a limit the damping grows until nothing moves.
         damping_method: How the damping enters the inverse. "factored" splits it over the two
             factors, "exact" adds it in the eigenbasis: dearer to refresh, and the present damping
             counts between refreshes, too.
@@ -165,12 +170,14 @@ class KFAC(KFACStep):
         l2_reg: float = 0.0,
         adaptive_lr: bool = True,
         adaptive_momentum: bool = True,
+        max_momentum: float | None = 0.9,
+        max_relative_update: float | None = 0.1,
         norm_constraint: float | None = None,
         damping_algorithm: Literal["levenberg-marquardt", "fixed"] = "levenberg-marquardt",
         damping_increase_factor: float = 1.67,
         damping_decrease_factor: float = 0.6,
         min_damping: float = 1e-4,
-        max_damping: float = 1e8,
+        max_damping: float = 10.0,
         damping_method: Literal["factored", "exact"] = "factored",
         include_damping_in_quad_change: bool = False,
         step_rejection: bool = False,
@@ -203,6 +210,8 @@ class KFAC(KFACStep):
             "l2_reg": l2_reg,
             "adaptive_lr": adaptive_lr,
             "adaptive_momentum": adaptive_momentum,
+            "max_momentum": max_momentum,
+            "max_relative_update": max_relative_update,
             "norm_constraint": norm_constraint,
             "damping_algorithm": damping_algorithm,
             "damping_increase_factor": damping_increase_factor,

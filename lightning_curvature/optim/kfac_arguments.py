@@ -51,6 +51,9 @@ def check_arguments(a: Mapping[str, Any]) -> None:
     for name in _BOOLEANS:
         if not isinstance(a[name], bool):
             raise TypeError(f"Invalid {name}={a[name]!r}: must be True or False.")
+    for name in ("max_momentum", "max_relative_update"):
+        if a[name] is not None:
+            check_positive(name, a[name])
     if a["norm_constraint"] is not None:
         check_positive("norm_constraint", a["norm_constraint"])
         if a["adaptive_lr"]:

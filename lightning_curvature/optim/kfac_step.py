@@ -24,6 +24,8 @@ __all__ = ["KFACStep"]
 _CURVATURE = "curvature_update_interval"
 # Units of the machine precision that the difference of two losses may be off by.
 _ROUNDING = 32.0
+# Root mean square of parameters below which they are taken for zeros.
+_LEAST_SCALE = 0.01
 _WATCHED = {
     "skipped_refreshes": (
         1,
@@ -96,10 +98,7 @@ class KFACStep(KroneckerOptimizer):
         # At the end of an interval: the inverses that come next know the new damping.
         if self._settings()["damping_algorithm"] == "fixed":
             return False
-        name = self.damping_interval
-        if name in self._schedules:
-            return self._due(name)
-        return (self._steps_done + 1) % int(self.param_groups[0][name]) == 0
+        return self._due(self.damping_interval, ahead=1)
 
     def _looks_back(self) -> bool:
         """Tell whether the loss after the step is evaluated."""
@@ -187,9 +186,8 @@ class KFACStep(KroneckerOptimizer):
             self._refreshed(_CURVATURE, stats.get("model_drift"))
         if self._damping_due():
             owned = self.damping_interval in self._schedules
-            self._refreshed(
-                self.damping_interval, (new - damping).abs() / damping if owned else None
-            )
+            drift = (new - damping).abs() / damping if owned else None
+            self._refreshed(self.damping_interval, drift, ahead=1)
         return counts
 
     def _velocities(self, params: list[Tensor]) -> list[Tensor]:
@@ -224,7 +222,11 @@ class KFACStep(KroneckerOptimizer):
         if self._model_due():
             model = self._model(params, oracle, [delta, velocity], gradient, saved)
             answer = solve_coefficients(
-                model.damped(damping), model.slopes, first=first, second=second
+                model.damped(damping),
+                model.slopes,
+                first=first,
+                second=second,
+                second_limit=group["max_momentum"],
             )
             w, found = answer.values, answer.found
             old = [self._scalar(name, like) for name in ("alpha", "beta")]
@@ -247,9 +249,31 @@ class KFACStep(KroneckerOptimizer):
             w = self._constrained(w, delta, gradient, float(group["norm_constraint"]), stats)
         if group["adaptive_lr"]:
             w = w * w.new_tensor([top_lr, top_lr if group["adaptive_momentum"] else 1.0])
+        if group["max_relative_update"] is not None:
+            squares = None if model is None else model.squares
+            w = self._shortened(w, params, delta, velocity, squares)
         stats["lr"], stats["momentum"] = -w[0], w[1]
         found = found & torch.isfinite(vectors.dot(delta, delta)) & torch.isfinite(w).all()
         return w, model, found
+
+    def _shortened(
+        self,
+        w: Tensor,
+        params: list[Tensor],
+        delta: list[Tensor],
+        velocity: list[Tensor],
+        squares: Tensor | None,
+    ) -> Tensor:
+        """Shorten the update to a share of the norm of the parameters."""
+        if squares is None:
+            norms = torch.stack([vectors.norm(delta), vectors.norm(velocity)])
+            size = (w.abs() * norms).sum()
+        else:
+            size = (w @ squares @ w).clamp_min(0.0).sqrt()
+        # Parameters that start near zero have no scale of their own.
+        least = _LEAST_SCALE * sum(p.numel() for p in params) ** 0.5
+        limit = self.param_groups[0]["max_relative_update"] * vectors.norm(params).clamp_min(least)
+        return w * (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
 
     def _constrained(
         self,

@@ -143,13 +143,18 @@ def test_with_an_interval_schedule() -> None:
 @every_adapting
 @pytest.mark.parametrize("own", ["fixed", "decreasing-loss"])
 def test_levenberg_marquardt_is_that_of_the_optimizer(contract: Contract, own: str) -> None:
+    layers = "layers" in contract.info.asks
+    if layers and own == "decreasing-loss":
+        pytest.skip("K-FAC has no such rule")
     noted, refreshes = Dampings(), Refreshes()
     callbacks = [DampingSchedule(LM, **SLOW), noted, refreshes]
     ours = run(contract, {"damping_algorithm": own}, callbacks=callbacks)
     theirs = run(contract, {"damping_algorithm": LM, **SLOW})
     assert identical(ours.weights, theirs.weights)
     assert identical(ours.stats, theirs.stats)
-    assert refreshes.steps["damping_update_interval"] == [0, 2, 4, 6, 8]
+    # K-FAC adapts it at the end of an interval, before the inverses of the next one.
+    first = 1 if layers else 0
+    assert refreshes.steps["damping_update_interval"] == list(range(first, 9 + first, 2))
     assert len(set(noted.values)) > 2
     assert noted.measured
 
@@ -212,7 +217,8 @@ def test_checkpoint_without_the_callback(contract: Contract, tmp_path: Path) -> 
     noted = Dampings()
     resumed = run(contract, {}, ckpt_path=path, callbacks=[noted])
     assert noted.measured
-    assert noted.values[0] in (0.0625, 0.125, 0.25)
+    decrease = resumed.state["param_groups"][0]["damping_decrease_factor"]
+    assert any(noted.values[0] == pytest.approx(0.125 * x) for x in (decrease, 1.0, 2.0))
     group = resumed.state["param_groups"][0]
     assert group["damping_algorithm"] == "levenberg-marquardt"
 

@@ -230,6 +230,8 @@ class Trajectory:
             "damping_method": "exact" if exact_inverses else "factored",
             "quad_model": "exact" if coefficients or always_exact else "factors",
             "factor_warmup": self.hparams["num_burnin_steps"],
+            "max_momentum": None,
+            "max_relative_update": None,
             "fisher_type": FISHER_TYPES[mode],
             "official_empirical_scaling": mode == "fisher_empirical",
             "l2_reg": self.l2_reg,
