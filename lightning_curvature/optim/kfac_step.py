@@ -273,7 +273,8 @@ class KFACStep(KroneckerOptimizer):
         # Parameters that start near zero have no scale of their own.
         least = _LEAST_SCALE * sum(p.numel() for p in params) ** 0.5
         limit = self.param_groups[0]["max_relative_update"] * vectors.norm(params).clamp_min(least)
-        return w * (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
+        factor: Tensor = (limit / size).nan_to_num(1.0, posinf=1.0).clamp_max(1.0)
+        return w * factor
 
     def _constrained(
         self,
@@ -335,12 +336,14 @@ class KFACStep(KroneckerOptimizer):
         matrix = model.damped(damping) if group["include_damping_in_quad_change"] else model.matrix
         predicted = quadratic_change(coefficients, matrix, model.slopes)
         new_loss, old_loss = oracle.loss(), oracle.base_loss()
-        # What rounding makes of a loss says nothing about the model; near a minimum it is all.
+        # What rounding makes of a loss says nothing about the model. A step too short to tell may as
+        # well be longer: otherwise damping that has grown at a kink would stay.
         noise = _ROUNDING * torch.finfo(new_loss.dtype).eps * old_loss.abs()
         new_loss, old_loss = new_loss.to(damping.dtype), old_loss.to(damping.dtype)
         sign = -1.0 if group["maximize"] else 1.0
         ratio = reduction_ratio(sign * new_loss, sign * old_loss, predicted)
-        ratio = torch.where(predicted.abs() > noise, ratio, torch.nan)
+        telling = predicted.abs() > noise
+        ratio = torch.where(telling, ratio, torch.nan)
         stats.update(new_loss=new_loss, quad_model_change=predicted, reduction_ratio=ratio)
         finite = torch.isfinite(new_loss)
         kept = finite | ~torch.isfinite(old_loss)
@@ -350,7 +353,7 @@ class KFACStep(KroneckerOptimizer):
         if self._damping_due():
             damping = levenberg_marquardt(
                 damping,
-                ratio,
+                torch.where(telling | ~torch.isfinite(predicted), ratio, 1.0),
                 increase_factor=group["damping_increase_factor"],
                 decrease_factor=group["damping_decrease_factor"],
                 failed=~finite,
