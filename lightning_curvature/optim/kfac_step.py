@@ -336,8 +336,8 @@ class KFACStep(KroneckerOptimizer):
         matrix = model.damped(damping) if group["include_damping_in_quad_change"] else model.matrix
         predicted = quadratic_change(coefficients, matrix, model.slopes)
         new_loss, old_loss = oracle.loss(), oracle.base_loss()
-        # What rounding makes of a loss says nothing about the model. A step too short to tell may as
-        # well be longer: otherwise damping that has grown at a kink would stay.
+        # What rounding makes of a loss says nothing about the model. A step too short to tell may
+        # as well be longer: otherwise damping that has grown at a kink would stay.
         noise = _ROUNDING * torch.finfo(new_loss.dtype).eps * old_loss.abs()
         new_loss, old_loss = new_loss.to(damping.dtype), old_loss.to(damping.dtype)
         sign = -1.0 if group["maximize"] else 1.0
