@@ -312,12 +312,10 @@ class FactorWindow:
             blocks = {n: s for n, s in sums.blocks.items() if n in self.parts.blocks}
             return WindowSums(blocks, sums.diagonals, sums.bypassed)
         blocks = {
-            name: sums.blocks.get(name) or self._no_sums(block)
+            name: sums.blocks.get(name) or self.no_sums(block)
             for name, block in self.parts.blocks.items()
         }
-        numbers = list(self.parts.fallback)
-        for scale in self.parts.scales.values():
-            numbers += [n for n in (scale.weight, scale.bias) if n is not None]
+        numbers = self.parts.diagonal_numbers
         diagonals = [
             sums.diagonals[n] if n in sums.diagonals else torch.zeros_like(_precise(self.params[n]))
             for n in numbers
@@ -358,7 +356,8 @@ class FactorWindow:
             dict(zip(numbers, (flags[2 * count :] > 0).unbind(), strict=True)),
         )
 
-    def _no_sums(self, block: BlockInfo) -> BlockSums:
+    def no_sums(self, block: BlockInfo) -> BlockSums:
+        """Return the sums of a block of which nothing was seen."""
         like = _precise(block.weight.of(self.params[block.weight.number]))
         a, g = (
             like.new_zeros(block.groups, side.cuts, side.width, side.width)

@@ -147,6 +147,14 @@ class Blocks(NamedTuple):
     layers: dict[str, nn.Module]
     attentions: dict[str, nn.MultiheadAttention]
 
+    @property
+    def diagonal_numbers(self) -> list[int]:
+        """Numbers of the parameters that have a diagonal instead of a block."""
+        numbers = list(self.fallback)
+        for scale in self.scales.values():
+            numbers += [n for n in (scale.weight, scale.bias) if n is not None]
+        return numbers
+
 
 class _Candidate(NamedTuple):
     name: str

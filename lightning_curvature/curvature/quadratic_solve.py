@@ -55,17 +55,19 @@ def solve_coefficients(
             first one minimizes the model with what is left of it.
     """
     dtype = matrix.dtype
-    m, b = matrix.double(), slopes.double()
+    # There is no float64 on some devices.
+    precise = dtype if matrix.device.type == "mps" else torch.float64
+    m, b = matrix.to(precise), slopes.to(precise)
     a11, a12, a22 = m[0, 0], m[0, 1], m[1, 1]
     zero = torch.zeros_like(a11)
     still = (a11 == 0) & (b[0] == 0)
     if first is not None and second is not None:
-        w1, w2 = first.double(), second.double()
+        w1, w2 = first.to(precise), second.to(precise)
     elif second is not None:
-        w2 = second.double()
+        w2 = second.to(precise)
         w1 = torch.where(still, zero, -(b[0] + a12 * w2) / a11)
     elif first is not None:
-        w1 = first.double()
+        w1 = first.to(precise)
         w2 = torch.where(a22 > 0, -(b[1] + a12 * w1) / a22, zero)
         w2 = _within(w2, second_limit)
     else:

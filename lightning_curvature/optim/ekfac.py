@@ -39,7 +39,7 @@ class EKFAC(KFACStep):
     Cost per step: that of `KFAC`, with an eigendecomposition (five to ten times an inverse) every
     ``inverse_update_interval`` steps, and two rotations per layer for s.
     Memory: as `KFAC`, and one copy of the parameters for s. For layers with many positions
-    gradients of single examples are there for a moment, at most 64 MB at a time.
+    gradients of single examples are there for a moment, 64 MB of them at a time, at least one.
 
     Args:
         params: Parameters to optimize, or parameter groups.

@@ -88,4 +88,7 @@ def check_arguments(a: Mapping[str, Any]) -> None:
             check_choice(name, a[name], ("float32", "bfloat16"))
     check_choice("inverse_sharding", a["inverse_sharding"], get_args(InverseSharding))
     check_in_range("seed", a["seed"], 0, math.inf)
+    for name in ("factor_warmup", "seed"):
+        if not isinstance(a[name], int):
+            raise TypeError(f"Invalid {name}={a[name]!r}: must be an integer.")
     check_interval("max_failures", a["max_failures"])

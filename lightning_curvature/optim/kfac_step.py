@@ -248,7 +248,8 @@ class KFACStep(KroneckerOptimizer):
         if not group["adaptive_lr"] and group["norm_constraint"] is not None:
             w = self._constrained(w, delta, gradient, float(group["norm_constraint"]), stats)
         if group["adaptive_lr"]:
-            w = w * w.new_tensor([top_lr, top_lr if group["adaptive_momentum"] else 1.0])
+            # Not by a tensor of both numbers, which a GPU would have to wait for.
+            w = torch.stack([w[0] * top_lr, w[1] * (top_lr if group["adaptive_momentum"] else 1.0)])
         if group["max_relative_update"] is not None:
             squares = None if model is None else model.squares
             w = self._shortened(w, params, delta, velocity, squares)
@@ -351,15 +352,17 @@ class KFACStep(KroneckerOptimizer):
             kept = kept & ~(sign * new_loss > sign * old_loss)
             stats["step_rejected"] = (~kept).to(damping.dtype)
         if self._damping_due():
+            # No step at all, as with a learning rate of 0, is no reason for a longer one.
+            silent = ~torch.isfinite(predicted) | (predicted == 0)
             damping = levenberg_marquardt(
                 damping,
-                torch.where(telling | ~torch.isfinite(predicted), ratio, 1.0),
+                torch.where(telling | silent, ratio, 1.0),
                 increase_factor=group["damping_increase_factor"],
                 decrease_factor=group["damping_decrease_factor"],
                 failed=~finite,
             )
             damping = self._clamped(damping, group)
-        rejected = damping * group["rejection_increase_factor"]
+        rejected = self._clamped(damping * group["rejection_increase_factor"], group)
         damping = torch.where(kept, damping, rejected)
         return damping, kept
 

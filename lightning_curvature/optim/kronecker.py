@@ -36,6 +36,7 @@ from lightning_curvature.optim.saved_blocks import (
 from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.oracle.plans import LayerPlan, Plan
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.ranks import rank
 from lightning_curvature.oracle.replay import is_compiled
 
 __all__ = ["KroneckerOptimizer"]
@@ -78,6 +79,9 @@ class KroneckerOptimizer(DampedOptimizer):
         self._shares: Shares | None = None
         # Blocks that some rank has an inverse of.
         self._inverted: set[str] = set()
+        # Blocks that no known loss has led to.
+        self._unseen: set[str] = set()
+        self._has_new_layers = False
         self._inverse_failures = InverseFailures(type(self).__name__)
 
     # Attaching
@@ -161,6 +165,7 @@ class KroneckerOptimizer(DampedOptimizer):
         # A checkpoint has the inverses of one rank; here nobody knows what others have.
         sure = [] if self._shares.memory else list(self._states)
         self._inverted = {name for name in sure if not self._lacks_inverse(name)}
+        self._unseen = {name for name, s in self._states.items() if float(s["mass"]) == 0}
 
     def _bases(self) -> dict[str, Basis | None]:
         """Return where squared gradients are summed up; the same on every rank."""
@@ -208,19 +213,25 @@ class KroneckerOptimizer(DampedOptimizer):
         """Log what there is to know before the first batch; warn if it will not fit."""
         name, parts = type(self).__name__, self._parts
         estimate = self.memory_estimate()
-        _log.info(f"{name}: {estimate}")
+        if rank() == 0:
+            _log.info(f"{name}: {estimate}")
         estimate.warn_if_too_large(name, self._all_params()[0].device)
         if parts.fallback:
             lines = ", ".join(f"{parts.names[n]} ({of})" for n, of in parts.fallback.items())
-            _log.info(f"{name}: no layer block, a diagonal instead, for {lines}.")
+            self._say(f"no layer block, a diagonal instead, for {lines}.")
         for block in parts.blocks.values():
             for label, side in (("input", block.input), ("output", block.output)):
                 if side.kind != "dense" and not (block.is_embedding and label == "input"):
                     kept = "its diagonal" if side.kind == "diagonal" else f"{side.cuts} blocks"
-                    _log.info(
-                        f"{name}: the {label} factor of {block.name} has {side.size} rows, more "
-                        f"than max_factor_dim; {kept} of it are kept."
+                    self._say(
+                        f"the {label} factor of {block.name} has {side.size} rows, more than "
+                        f"max_factor_dim; {kept} of it are kept."
                     )
+
+    def _say(self, text: str) -> None:
+        """Tell the user, on one rank, what is otherwise than usual."""
+        if rank() == 0:
+            _log.warning(f"{type(self).__name__}: {text}")
 
     # What a step needs
 
@@ -260,7 +271,7 @@ class KroneckerOptimizer(DampedOptimizer):
         return self._steps_done < int(self.param_groups[0]["factor_warmup"])
 
     def _factors_due(self) -> bool:
-        return self._in_warmup() or self._due(_FACTORS)
+        return self._in_warmup() or self._has_new_layers or self._due(_FACTORS)
 
     def _inverses_due(self) -> bool:
         # Every rank has to answer alike, also about blocks that others invert.
@@ -333,6 +344,7 @@ class KroneckerOptimizer(DampedOptimizer):
         now = self._covered_by()
         # A layer that was without its bias has other factors with it.
         unchanged = [name for name in self._states if now.get(name) == before.get(name)]
+        self._has_new_layers = True
         self._states = {name: self._states[name] for name in unchanged}
         self._diagonals = {
             number: kept[id(p)] for number, p in enumerate(self._all_params()) if id(p) in kept
@@ -367,10 +379,7 @@ class KroneckerOptimizer(DampedOptimizer):
         sums = window.collect(oracle)
         if len(window.without) != before:
             bypassed = ", ".join(window.parts.names[number] for number in sorted(window.without))
-            _log.info(
-                f"{type(self).__name__}: {bypassed} is used without calling its layer; a diagonal "
-                "takes the place of the block."
-            )
+            self._say(f"{bypassed} is used without calling its layer; a diagonal takes its place.")
             self._share()
         decay = 1.0 if self._in_warmup() else float(self.param_groups[0]["factor_decay"])
         changes: list[Tensor] = []
@@ -391,6 +400,10 @@ class KroneckerOptimizer(DampedOptimizer):
                 (new[key] - x).float().norm() / x.float().norm() for key, x in watched.items()
             ]
             self._states[name] = new
+            if name in self._unseen:
+                # Its inverse is that of nothing but the damping.
+                self._unseen.discard(name)
+                self._inverted.discard(name)
         for number, squares in sums.diagonals.items():
             finite = torch.isfinite(squares.sum())
             old = self._diagonals.get(number, {})
@@ -405,8 +418,26 @@ class KroneckerOptimizer(DampedOptimizer):
         skipped = self._scalar("skipped_refreshes", stats["grad_norm"])
         failed = torch.stack(failures).any() if failures else torch.zeros_like(usable)
         self._scalars["skipped_refreshes"] = skipped + failed.to(skipped)
+        if sums.blocks or sums.diagonals:
+            self._start_others(usable)
+            self._has_new_layers = False
         if self._due(_FACTORS):
             self._refreshed(_FACTORS, drift)
+
+    def _start_others(self, usable: Tensor) -> None:
+        """Give what no known loss leads to a curvature of zero, so that the damping scales it."""
+        assert self._window is not None
+        nothing = torch.zeros_like(usable)
+        for name, block in self._parts.blocks.items():
+            if name not in self._states:
+                sums = self._window.no_sums(block)
+                self._states[name] = averaged({}, sums, 1.0, nothing, self._factor_dtype)
+                self._unseen.add(name)
+        params = self._all_params()
+        for number in self._parts.diagonal_numbers:
+            if number not in self._diagonals:
+                squares = _zeros(params[number])
+                self._diagonals[number] = averaged_diagonal({}, squares, 1.0, nothing)
 
     def _refresh_inverses(self, oracle: Oracle, damping: Tensor, stats: dict[str, Tensor]) -> None:
         """Invert the blocks of this rank, and hear of the others; waits for the device."""
@@ -505,7 +536,7 @@ class KroneckerOptimizer(DampedOptimizer):
             if piece.number not in own or value is None:
                 continue
             if piece.start is None:
-                result[piece.number] = value.contiguous()
+                result[piece.number] = _alone(value)
                 continue
             if piece.number not in result:
                 result[piece.number] = _zeros(own[piece.number])
@@ -565,3 +596,12 @@ class KroneckerOptimizer(DampedOptimizer):
 
 def _zeros(x: Tensor) -> Tensor:
     return torch.zeros_like(x, dtype=vectors.scalar_dtype([x]))
+
+
+def _alone(x: Tensor) -> Tensor:
+    """Return a contiguous tensor that keeps no memory alive but its own.
+
+    A bias is a contiguous column of a transposed block: as a velocity it would keep all of it.
+    """
+    x = x.contiguous()
+    return x if x.untyped_storage().nbytes() == x.nbytes else x.clone()

@@ -59,12 +59,14 @@ def layer_gradients(
         return None
     weights: list[Tensor] = []
     gradients: list[_Found] = []
-    for sample in range(plan.num_samples if plan.fisher_type != "type-2" else 1):
+    # The others are not random.
+    samples = plan.num_samples if plan.fisher_type in ("mc", "curvature-propagation") else 1
+    for sample in range(samples):
         sampler = plan.sampler(plan.seed, plan.step, *key, *([sample] if sample else []))
         for roots, first in _together(terms, plan, sampler):
             if sample == 0 and first:
                 weights += [root.weights for _, root in roots]
-            scale = plan.num_samples**-0.5 if plan.fisher_type != "type-2" else 1.0
+            scale = samples**-0.5
             outputs, vectors = [], []
             for term, root in roots:
                 for name, value in root.values.items():

@@ -322,10 +322,12 @@ class RecordedOracle(Oracle):
             # A compiled training_step hides its layers: the pass that runs again is eager.
             self._passes_again = True
             return
-        with torch.enable_grad(), marked():
+        # Outside of autocast, as every backward: it would square activations in half precision.
+        full = torch.autocast(self.device.type, enabled=False)
+        with torch.enable_grad(), marked(), full:
             found = layer_gradients(terms, edges, params, plan, (own, self._layer_calls - 1))
-        if found is not None:
-            plan.observer.observe(record, *found)
+            if found is not None:
+                plan.observer.observe(record, *found)
 
     def _draw(self, plan: SamplePlan, record: PassRecord, terms: Sequence[LossTerm]) -> None:
         # The gradients of one micro-batch wait until its weight is known, not those of all.

@@ -24,7 +24,7 @@ each example, curvature below zero counting as zero, if an example has few outpu
 
 import math
 from collections.abc import Iterator
-from typing import Literal, NamedTuple, get_args
+from typing import NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -59,6 +59,7 @@ from lightning_curvature.oracle.output_factors import (
     softmax_axes,
     softmax_weights,
 )
+from lightning_curvature.oracle.plans import FisherType
 from lightning_curvature.oracle.record import LossTerm
 
 __all__ = [
@@ -69,8 +70,6 @@ __all__ = [
     "layer_roots",
     "sampled_root",
 ]
-
-FisherType = Literal["mc", "curvature-propagation", "type-2", "empirical"]
 
 # Each column is one backward through the model.
 MAX_COLUMNS = 4096

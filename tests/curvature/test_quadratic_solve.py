@@ -54,6 +54,45 @@ def test_given_zero_coefficients_count() -> None:
     torch.testing.assert_close(found, torch.stack([-slopes[0] / matrix[0, 0], zero]))
 
 
+@pytest.mark.parametrize("limit", [1e-3, 0.05, 1e3])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_second_is_bounded(seed: int, limit: float) -> None:
+    """Within the bound nothing changes; on it the first one minimizes what is left."""
+    matrix, slopes = model(seed)
+    free = solve_coefficients(matrix, slopes).values
+    found = solve_coefficients(matrix, slopes, second_limit=limit)
+    assert found.found
+    second = free[1].clamp(-limit, limit)
+    first = -(slopes[0] + matrix[0, 1] * second) / matrix[0, 0]
+    torch.testing.assert_close(found.values, torch.stack([first, second]))
+    if free[1].abs() <= limit:
+        assert torch.equal(found.values, free)
+    # No other point within the bound is better.
+    best = quadratic_change(found.values, matrix, slopes)
+    for shift in torch.tensor([[0.01, 0.0], [-0.01, 0.0], [0.0, 0.01], [0.0, -0.01]]).double():
+        other = found.values * (1 + shift)
+        other[1] = other[1].clamp(-limit, limit)
+        assert quadratic_change(other, matrix, slopes) >= best - 1e-12
+
+
+def test_what_the_bound_leaves_alone() -> None:
+    """A second one that is given is not bounded; beside a given first one it is, as at a minimum.
+
+    There, with the first direction zero, only the old update is left.
+    """
+    matrix, slopes = model(2)
+    given = torch.tensor(-3.0, dtype=torch.float64)
+    assert solve_coefficients(matrix, slopes, second=given, second_limit=0.1).values[1] == -3
+    beside = solve_coefficients(matrix, slopes, first=given, second_limit=1e-3).values
+    assert beside[0] == -3
+    assert beside[1].abs() == 1e-3
+    still = torch.tensor([[0.0, 0.0], [0.0, 2.0]], dtype=torch.float64)
+    slope = torch.tensor([0.0, 5.0], dtype=torch.float64)
+    found = solve_coefficients(still, slope, second_limit=0.5)
+    assert found.found
+    assert found.values.tolist() == [0.0, -0.5]
+
+
 @pytest.mark.parametrize("factor", [0.0, 1.0, -2.5, 1e-4, 1e6])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_parallel_directions(factor: float, dtype: torch.dtype) -> None:

@@ -217,7 +217,7 @@ def assert_as_single(
         first, second = results[optimizer, strategy]
         assert first == second
         assert first["steps"] == expected["steps"] == 12
-        if contract.sampler is not None:
+        if contract.sampler is not None or "fisher_type" in contract.exact:
             continue
         torch.testing.assert_close(
             torch.tensor(first["weights"], dtype=torch.float64),
