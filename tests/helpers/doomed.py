@@ -8,7 +8,8 @@ Called as ``python doomed.py TIMEOUT SCENARIO...``; a scenario is
   only as the one scenario);
 - HOW: "kill" (SIGKILL), "exit" (`os._exit`), "raise", "stall" (sleeps for twice the timeout),
   "interrupt" (Ctrl+C), "none" (``training_step`` returns None), "nothing";
-- WHERE: "main" (forward of the main pass), "directional", "loss" (first and second extra pass),
+- WHERE: "main" (forward of the main pass), "directional", "loss" (first and second extra pass, of
+  K-FAC those for its two directions),
   "between" (before the answers of the first extra pass are averaged).
 
 Optimizers without extra passes meet their fate in the main pass. A line of JSON per scenario goes
@@ -98,7 +99,7 @@ class Doomed(LightningModule):
         all_reduce = torch.distributed.all_reduce
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            if self.extra == 1:
+            if self.extra:
                 self.meet("between")
             return all_reduce(*args, **kwargs)
 
