@@ -94,6 +94,23 @@ class CurvatureOptimizer(Optimizer, ABC):
         oracle.plan = self.plan
         self.oracle = oracle
 
+    def _require_module(self, oracle: Oracle) -> None:
+        """Check that the layers are known.
+
+        Args:
+            oracle: Oracle that is about to be attached.
+
+        Raises:
+            MissingCapabilityError: If the oracle does not know the module.
+        """
+        if oracle.module is None:
+            raise MissingCapabilityError(
+                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
+                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
+                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
+                "a Trainer."
+            )
+
     def detach(self) -> None:
         """Remove the oracle and what it installed."""
         real = self._unwrapped()

@@ -35,7 +35,7 @@ from lightning_curvature.optim.saved_blocks import (
 )
 from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.oracle.plans import LayerPlan, Plan
-from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.protocol import Oracle
 from lightning_curvature.oracle.ranks import rank
 from lightning_curvature.oracle.replay import is_compiled
 
@@ -100,13 +100,7 @@ class KroneckerOptimizer(DampedOptimizer):
         if real is not self:
             real.attach(oracle)
             return
-        if oracle.module is None:
-            raise MissingCapabilityError(
-                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
-                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
-                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
-                "a Trainer."
-            )
+        self._require_module(oracle)
         super().attach(oracle)
         try:
             self._watch(oracle)
