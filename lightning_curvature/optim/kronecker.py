@@ -159,7 +159,8 @@ class KroneckerOptimizer(DampedOptimizer):
         # A checkpoint has the inverses of one rank; here nobody knows what others have.
         sure = [] if self._shares.memory else list(self._states)
         self._inverted = {name for name in sure if not self._lacks_inverse(name)}
-        self._unseen = {name for name, s in self._states.items() if float(s["mass"]) == 0}
+        masses = {name: state["mass"] for name, state in self._states.items()}
+        self._unseen = {n for n, x in masses.items() if not x.is_meta and float(x) == 0}
 
     def _bases(self) -> dict[str, Basis | None]:
         """Return where squared gradients are summed up; the same on every rank."""

@@ -209,8 +209,9 @@ def test_whatever_was_saved_loads(contract: Contract) -> None:
     for name in loop.optimizer.shared:
         value = loop.optimizer.param_groups[0][name]
         if isinstance(value, float):
-            # What is 1 may be a factor that makes something larger, or nothing.
-            loop.optimizer.param_groups[0][name] = 1.1 if value == 1 else 0.9 * value
+            # A factor of 1 may be one that makes something larger, or nothing.
+            larger = value == 1 and name.endswith("_factor")
+            loop.optimizer.param_groups[0][name] = 1.1 if larger else 0.9 * value
     loop.train(classification(2))
     again.model.load_state_dict(loop.model.state_dict())
     again.optimizer.load_state_dict(copy.deepcopy(loop.optimizer.state_dict()))
