@@ -423,14 +423,16 @@ class KroneckerOptimizer(DampedOptimizer):
         """Give what no known loss leads to a curvature of zero, so that the damping scales it."""
         assert self._window is not None
         nothing = torch.zeros_like(usable)
+        params = self._all_params()
         for name, block in self._parts.blocks.items():
-            if name not in self._states:
+            # What has no gradient either is not used at all.
+            used = any(params[piece.number].grad is not None for piece in block.pieces)
+            if used and name not in self._states:
                 sums = self._window.no_sums(block)
                 self._states[name] = averaged({}, sums, 1.0, nothing, self._factor_dtype)
                 self._unseen.add(name)
-        params = self._all_params()
         for number in self._parts.diagonal_numbers:
-            if number not in self._diagonals:
+            if params[number].grad is not None and number not in self._diagonals:
                 squares = _zeros(params[number])
                 self._diagonals[number] = averaged_diagonal({}, squares, 1.0, nothing)
 
