@@ -132,31 +132,6 @@ class AdaFisherOptimizer(DiagonalOptimizer):
 
     # Layers
 
-    def attach(self, oracle: Oracle) -> None:
-        """Give the optimizer the oracle it will ask, and watch the layers of its module.
-
-        Args:
-            oracle: Oracle over the parameters of this optimizer.
-
-        Raises:
-            MissingCapabilityError: If the oracle does not know the module.
-            ValueError: If a loaded state belongs to other layers.
-        """
-        real = self._unwrapped()
-        if real is not self:
-            real.attach(oracle)
-            return
-        self._require_module(oracle)
-        super().attach(oracle)
-        try:
-            self._watch(oracle)
-        except BaseException:
-            self.detach()
-            raise
-        if self.fallback_parameters:
-            names = ", ".join(self.fallback_parameters)
-            _log.info(f"{type(self).__name__}: no layer known for {names}.")
-
     def detach(self) -> None:
         """Remove the oracle and the hooks on the layers."""
         super().detach()
@@ -204,6 +179,9 @@ class AdaFisherOptimizer(DiagonalOptimizer):
         oracle.attachments.append(self._window)
         self._factors = entries_of(self._window.layers, self._factors, where=self._cannot_load)
         self._pair()
+        if self.fallback_parameters:
+            names = ", ".join(self.fallback_parameters)
+            _log.info(f"{type(self).__name__}: no layer known for {names}.")
 
     def _pair(self) -> None:
         assert self._window is not None

@@ -83,6 +83,13 @@ class CurvatureOptimizer(Optimizer, ABC):
         if real is not self:
             real.attach(oracle)
             return
+        if "layers" in self.asks and oracle.module is None:
+            raise MissingCapabilityError(
+                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
+                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
+                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
+                "a Trainer."
+            )
         missing = self.asks - oracle.capabilities
         if missing:
             raise MissingCapabilityError(
@@ -93,23 +100,18 @@ class CurvatureOptimizer(Optimizer, ABC):
         oracle.load_state(self._oracle_state)
         oracle.plan = self.plan
         self.oracle = oracle
+        try:
+            self._watch(oracle)
+        except BaseException:
+            self.detach()
+            raise
 
-    def _require_module(self, oracle: Oracle) -> None:
-        """Check that the layers are known.
+    def _watch(self, oracle: Oracle) -> None:
+        """Install what else the optimizer needs; called when its oracle is there.
 
         Args:
-            oracle: Oracle that is about to be attached.
-
-        Raises:
-            MissingCapabilityError: If the oracle does not know the module.
+            oracle: The oracle.
         """
-        if oracle.module is None:
-            raise MissingCapabilityError(
-                f"{type(self).__name__} looks at the layers of the model, which a bare closure "
-                "does not tell. Call optimizer.attach_model(model, loss_fn), or use "
-                "strategy='ddp_curvature' / 'single_device_curvature' or CurvatureCallback() with "
-                "a Trainer."
-            )
 
     def detach(self) -> None:
         """Remove the oracle and what it installed."""

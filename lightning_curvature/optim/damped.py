@@ -11,6 +11,7 @@ from lightning_curvature import vectors
 from lightning_curvature.curvature.damping import clamp
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.oracle.protocol import Oracle
 
 __all__ = ["DampedOptimizer", "plain"]
 
@@ -153,6 +154,40 @@ class DampedOptimizer(CurvatureOptimizer):
             for p, d in zip(params, direction, strict=True):
                 d.mul_(relative[id(p)])
         return top
+
+    # One step
+
+    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
+        assert oracle is not None
+        dtype = vectors.scalar_dtype(params)
+        damping = self.param_groups[0]["damping"]
+        damping = torch.as_tensor(damping, dtype=dtype, device=params[0].device)
+        # Extra passes run user code: whatever it raises, the weights are those before the step.
+        saved = vectors.clone(params) if self._runs_again() else None
+        try:
+            counts = self._step_with(params, oracle, damping, saved)
+        except BaseException:
+            if saved is not None:
+                vectors.copy_(params, saved)
+            raise
+        self._failures.check(counts, self._steps_done + 1, self.stats)
+
+    @abstractmethod
+    def _runs_again(self) -> bool:
+        """Tell whether the coming step evaluates its batches again, with other parameters."""
+
+    @abstractmethod
+    def _step_with(
+        self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
+    ) -> dict[str, Tensor]:
+        """Take the step; return the counts of unusable ones.
+
+        Args:
+            params: Parameters with a gradient.
+            oracle: The oracle.
+            damping: Present damping, a 0-dim tensor.
+            saved: Copies of the parameters, if the step runs its batches again.
+        """
 
     def _decay(self, length: Tensor, top_lr: float) -> None:
         """Shrink the weights as AdamW does, in proportion to the learning rate used.

@@ -106,27 +106,13 @@ class KFACStep(KroneckerOptimizer):
 
     # One step
 
-    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
-        assert oracle is not None
-        self._find_layers()
-        group = self.param_groups[0]
-        dtype = vectors.scalar_dtype(params)
-        damping = torch.as_tensor(group["damping"], dtype=dtype, device=params[0].device)
-        # Extra passes run user code: whatever it raises, the weights are those before the step.
-        looks = self._model_due() or self._looks_back()
-        saved = vectors.clone(params) if looks else None
-        try:
-            counts = self._step_with(params, oracle, damping, saved)
-        except BaseException:
-            if saved is not None:
-                vectors.copy_(params, saved)
-            raise
-        self._failures.check(counts, self._steps_done + 1, self.stats)
+    def _runs_again(self) -> bool:
+        return self._model_due() or self._looks_back()
 
     def _step_with(
         self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
     ) -> dict[str, Tensor]:
-        """Take the step; return the counts of unusable ones."""
+        self._find_layers()
         group = self._settings()
         gradient = Gradient.read(params, maximize=group["maximize"])
         stats = {"grad_norm": gradient.norm}

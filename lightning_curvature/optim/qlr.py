@@ -118,25 +118,12 @@ class QLROptimizer(DampedOptimizer):
 
     # One step
 
-    def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
-        assert oracle is not None
-        group = self.param_groups[0]
-        dtype = vectors.scalar_dtype(params)
-        damping = torch.as_tensor(group["damping"], dtype=dtype, device=params[0].device)
-        # Extra passes run user code: whatever it raises, the weights are those before the step.
-        saved = vectors.clone(params) if self.wants_record() else None
-        try:
-            counts = self._step_with(params, oracle, damping, saved)
-        except BaseException:
-            if saved is not None:
-                vectors.copy_(params, saved)
-            raise
-        self._failures.check(counts, self._steps_done + 1, self.stats)
+    def _runs_again(self) -> bool:
+        return self.wants_record()
 
     def _step_with(
         self, params: list[Tensor], oracle: Oracle, damping: Tensor, saved: list[Tensor] | None
     ) -> dict[str, Tensor]:
-        """Take the step; return the counts of unusable ones."""
         group = self._settings()
         rejects = self._damping_due() and group["damping_algorithm"] == "decreasing-loss"
         backup = self._backup(params, saved) if rejects and saved is not None else None

@@ -112,7 +112,7 @@ def test_resume_on_another_number_of_ranks(
         )
     assert resumed.steps == whole.steps
     # So few examples determine a part of EK-FAC's basis only: rounding decides about the rest.
-    near = {"rtol": 1e-10, "atol": 1e-12 if contract.info.name != "ekfac" else 1e-2}
+    near = {"rtol": 1e-10, "atol": 1e-12 if contract.info.name != "ekfac" else 1e-3}
     for name, tensor in whole.weights.items():
         torch.testing.assert_close(resumed.weights[name], tensor, **near)
     for name, value in whole.state["curvature"]["scalars"].items():
