@@ -10,10 +10,18 @@ from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.betaftrl import BetaFTRL
 from lightning_curvature.optim.ekfac import EKFAC
 from lightning_curvature.optim.fadam import FAdam
+from lightning_curvature.optim.forward_gradient import ForwardGradient
+from lightning_curvature.optim.hizoo import HiZOO
+from lightning_curvature.optim.hizool import HiZOOL
 from lightning_curvature.optim.kfac import KFAC
+from lightning_curvature.optim.mezo import MeZO
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
+from lightning_curvature.optim.zo_adam import ZOAdam
+from lightning_curvature.optim.zo_conservative import ZOConservative
+from lightning_curvature.optim.zo_momentum import ZOMomentum
+from lightning_curvature.optim.zo_sign_sgd import ZOSignSGD
 
 __all__ = ["OptimizerInfo", "get_optimizer_info", "list_optimizers"]
 
@@ -140,6 +148,78 @@ _ROWS = (
         copies=1,
         paper="1806.03884",
         summary="K-FAC with the eigenvalues of its factors corrected.",
+    ),
+    OptimizerInfo(
+        name="mezo",
+        cls=MeZO,
+        asks=MeZO.asks,
+        passes="2 forwards",
+        copies=0,
+        paper="2305.17333",
+        summary="Gradient descent with slopes along random directions; no backward.",
+    ),
+    OptimizerInfo(
+        name="hizoo",
+        cls=HiZOO,
+        asks=HiZOO.asks,
+        passes="3 forwards",
+        copies=1,
+        paper="2402.15173",
+        summary="MeZO in a metric learnt from second differences of the loss; no backward.",
+    ),
+    OptimizerInfo(
+        name="hizool",
+        cls=HiZOOL,
+        asks=HiZOOL.asks,
+        passes="3 forwards",
+        copies=0,
+        paper="2402.15173",
+        summary="HiZOO whose metric is a row and a column per matrix; no backward.",
+    ),
+    OptimizerInfo(
+        name="zomomentum",
+        cls=ZOMomentum,
+        asks=ZOMomentum.asks,
+        passes="2 forwards",
+        copies=1,
+        paper="2402.11592",
+        summary="Momentum over slopes along random directions; no backward.",
+    ),
+    OptimizerInfo(
+        name="zosignsgd",
+        cls=ZOSignSGD,
+        asks=ZOSignSGD.asks,
+        passes="2 forwards",
+        copies=0,
+        paper="2402.11592",
+        summary="The sign of slopes along random directions; no backward.",
+    ),
+    OptimizerInfo(
+        name="zoadam",
+        cls=ZOAdam,
+        asks=ZOAdam.asks,
+        passes="2 forwards",
+        copies=2,
+        paper="2305.17333",
+        summary="Adam on slopes along random directions; no backward.",
+    ),
+    OptimizerInfo(
+        name="zoconservative",
+        cls=ZOConservative,
+        asks=ZOConservative.asks,
+        passes="5 forwards",
+        copies=0,
+        paper="2402.11592",
+        summary="Of both ways along a random direction, or none, the best; no backward.",
+    ),
+    OptimizerInfo(
+        name="forwardgradient",
+        cls=ForwardGradient,
+        asks=ForwardGradient.asks,
+        passes="2 forwards, one of them with tangents",
+        copies=1,
+        paper="2202.08587",
+        summary="Exact slopes along random directions, by forward mode; no backward.",
     ),
 )
 

@@ -83,7 +83,7 @@ class CurvatureOptimizer(Optimizer, ABC):
         if real is not self:
             real.attach(oracle)
             return
-        if "layers" in self.asks and oracle.module is None:
+        if oracle.module is None and not self.asks.isdisjoint({"layers", "slope"}):
             raise MissingCapabilityError(
                 f"{type(self).__name__} looks at the layers of the model, which a bare closure "
                 "does not tell. Call optimizer.attach_model(model, loss_fn), or use "

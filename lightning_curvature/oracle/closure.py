@@ -8,7 +8,7 @@ import functools
 import inspect
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -90,6 +90,8 @@ class ClosureOracle(WindowOracle):
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:
         """Run the closure once, watched, and return its result."""
+        if self.main is not None:
+            return self._evaluate_forward(closure, self.main)
         again = closure if self._unwrap is None else self._unwrap(closure)
         environment = Environment.of(self.module, self.device, self.unchanging_buffers)
         record = PassRecord(functools.partial(self._run_again, again), environment)
@@ -114,6 +116,42 @@ class ClosureOracle(WindowOracle):
             self.add(record)
         return result
 
+    def _evaluate_forward(
+        self, closure: Callable[[], Any], main: Callable[..., AbstractContextManager[None]]
+    ) -> Any:
+        """Run the closure as a main pass that needs no backward.
+
+        Args:
+            closure: The closure. Its loss is what it calls backward on, otherwise its result.
+            main: Surrounds the pass.
+        """
+        again = closure if self._unwrap is None else self._unwrap(closure)
+        totals: list[Tensor] = []
+        self.recording = True
+        try:
+            with main(), LossCapture() as capture:
+                environment = Environment.of(self.module, self.device, self.unchanging_buffers)
+                differentiated = torch.is_grad_enabled()
+
+                def remember(original: Backward, tensors: Any, weights: Any, rest: Any) -> None:
+                    totals.append(_total(tensors, weights).detach())
+                    if differentiated and _total(tensors, weights).requires_grad:
+                        original(tensors, weights, **rest)
+
+                with _backward_replaced(remember):
+                    result = closure()
+        finally:
+            self.recording = False
+        environment.learn_unchanging(self.unchanging_buffers)
+        if not totals and isinstance(result, Tensor):
+            totals = [result.detach().clone()]
+        if totals:
+            record = PassRecord(functools.partial(self._run_again, again), environment)
+            record.loss = torch.stack(totals).sum()
+            record.num_calls = len(capture.calls)
+            self.add(record)
+        return result
+
     def _run_again(self, closure: Callable[[], Any]) -> Tensor | None:
         """Run the closure without a backward and without touching a gradient."""
         totals: list[Tensor] = []
@@ -126,12 +164,12 @@ class ClosureOracle(WindowOracle):
             for p in self._owners:
                 p.grad = None
             with _backward_replaced(remember):
-                closure()
+                result = closure()
         finally:
             for p, grad in zip(self._owners, grads, strict=True):
                 p.grad = grad
         if not totals:
-            return None
+            return result if self.main is not None and isinstance(result, Tensor) else None
         return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
 
 

@@ -1,6 +1,7 @@
 """ModelOracle: answers for an ordinary PyTorch loop, from a model and its loss function."""
 
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, nullcontext
 from typing import Any
 
 import torch
@@ -81,9 +82,13 @@ class ModelOracle(ClosureOracle):
         self._grad_scaler = grad_scaler
         self._forward: _Forward | None = None
         self._step = 0
+        # Of optimizers without a backward: what surrounds the forward that runs, and losses that
+        # nobody has called backward on.
+        self._open = ExitStack()
+        self._unfinished: list[tuple[PassRecord, Tensor]] = []
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
-            model.register_forward_hook(_Hook(self._after_forward)),
+            model.register_forward_hook(_Hook(self._after_forward), always_call=True),
         ]
 
     def close(self) -> None:
@@ -104,6 +109,7 @@ class ModelOracle(ClosureOracle):
         """Forget the recorded micro-batches."""
         super().clear()
         self._forward = None
+        self._unfinished = []
         self._step += 1
 
     def zeroed(self) -> None:
@@ -114,17 +120,28 @@ class ModelOracle(ClosureOracle):
             for attachment in self.attachments:
                 attachment.zeroed()
 
+    def finish_main(self) -> None:
+        """Take the last loss for that of the step if there was no backward."""
+        if not self._recorded() and self._unfinished:
+            record, value = self._unfinished[-1]
+            record.loss = value
+            self.add(record)
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
             return
         if self._forward is not None:  # an evaluation with gradients on, say
             for attachment in self.attachments:
                 attachment.forward_dropped()
+        if self.main is not None:
+            self._open.enter_context(self.main(displace=False))
         environment = Environment.of(self.module, self.device, self.unchanging_buffers)
         self._forward = _Forward(args, kwargs, environment)
 
     def _after_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         forward = self._forward
+        if not in_extra_pass():
+            self._open.close()
         if forward is not None and not forward.finished and not in_extra_pass():
             forward.output, forward.finished = output, True
 
@@ -157,27 +174,37 @@ class ModelOracle(ClosureOracle):
             return self._loss_fn(self._model(*args, **named), *rest, **named_rest)
 
         versions = batch_versions((targets, kwargs))
-        with LossCapture() as capture:
+        with (
+            nullcontext() if self.main is None else self.main(displace=False),
+            LossCapture() as capture,
+        ):
             loss = self._loss_fn(output, *targets, **kwargs)
         check_batch_unchanged(forward.versions + versions)
         forward.environment.learn_unchanging(self.unchanging_buffers)
         forward.output = None
+        if self.main is not None and torch.is_grad_enabled() and not loss.requires_grad:
+            # Something to call backward on, as in every other loop.
+            loss = loss + torch.zeros_like(loss, requires_grad=True)
         if not loss.requires_grad:
             return loss
         earlier = self._recorded()  # through with their backward before this batch came
         record = PassRecord(run, forward.environment)
-        self.observe(record, loss, capture.calls)
+        if self.main is None:
+            self.observe(record, loss, capture.calls)
         record.num_calls = len(capture.calls)
         record.versions = forward.versions + versions
         value = loss.detach().clone()
         step = self._step
+        if self.main is not None:
+            self._unfinished.append((record, value))
 
         # The batch belongs to the graph of its loss until the backward: a loss that is only looked
         # at takes it along.
         def finish(weight: Tensor) -> None:
             if step != self._step:  # the weights have moved since
                 return
-            if record.loss is None and all(p.grad is None for p in self.params):
+            zeroed = self.main is None and all(p.grad is None for p in self.params)
+            if record.loss is None and zeroed:
                 # Zeroed by the model, perhaps, after a step that was skipped.
                 self.records = [r for r in self.records if all(r is not e for e in earlier)]
                 self._drop_finished()

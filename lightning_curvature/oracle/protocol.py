@@ -2,6 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Literal, NamedTuple, Protocol
 
 from torch import Tensor, nn
@@ -79,12 +80,15 @@ class Oracle(ABC):
     gradient the optimizer holds. Scalars are averaged over the ranks already.
 
     Attributes:
-        capabilities: What can be asked: any of "loss", "directional", "hvp", "sampled", "layers".
+        capabilities: What can be asked: any of "loss", "directional", "hvp", "sampled", "layers",
+            "forward" (main passes without a backward), "slope" (forward-mode differentiation).
         without_backward: Whether the training loop left out the backward of this step, so that the
             gradients are stale.
         module: Module that holds the parameters, None if unknown.
         plan: Tells what to compute on the graphs of the main passes of the coming step, None for
             nothing; set by the optimizer.
+        main: Surrounds every main pass of an optimizer that needs no backward, set by it; called
+            with ``displace=False`` where the parameters must stay as they are. None for others.
         attachments: What else watches the passes, added by the optimizer.
     """
 
@@ -92,6 +96,7 @@ class Oracle(ABC):
     without_backward: bool = False
     module: nn.Module | None = None
     plan: Callable[[], Plan | None] | None = None
+    main: Callable[..., AbstractContextManager[None]] | None = None
 
     def __init__(self) -> None:
         self.attachments: list[Attachment] = []
@@ -117,6 +122,27 @@ class Oracle(ABC):
     @abstractmethod
     def loss(self) -> Tensor:
         """Return the loss at the present parameters: same data and random numbers, one forward."""
+
+    def local_loss(self, *, main: bool = False) -> Tensor:
+        """Return the loss on this rank, a 0-dim tensor in the highest precision there is.
+
+        Args:
+            main: Whether to return that of the main pass instead of that at the present
+                parameters, which costs one forward.
+        """
+        raise NotImplementedError
+
+    def local_slope(self, direction: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """Return the derivative of the loss along a direction on this rank, by forward mode.
+
+        Args:
+            direction: One tensor per parameter.
+            params: The parameters.
+        """
+        raise NotImplementedError
+
+    def finish_main(self) -> None:  # noqa: B027 - most have nothing to do
+        """Count main passes as finished that a backward would have finished."""
 
     @abstractmethod
     def directional(
@@ -254,3 +280,4 @@ class Oracle(ABC):
             attachment.close()
         self.attachments = []
         self.plan = None
+        self.main = None

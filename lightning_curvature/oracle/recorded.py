@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import vectors
 from lightning_curvature.oracle.capture import LossCapture, RawCall
+from lightning_curvature.oracle.directional import forward_mode
 from lightning_curvature.oracle.extra_pass import ContextFactory, in_extra_pass, marked
 from lightning_curvature.oracle.hidden import hidden_parameters
 from lightning_curvature.oracle.layer_gradients import layer_gradients
@@ -228,6 +229,34 @@ class RecordedOracle(Oracle):
         packed = self.mean_(torch.stack([new, self._local(PassRecord.total)]))
         self._base_loss = packed[1]
         return packed[0]
+
+    @torch.no_grad()
+    def local_loss(self, *, main: bool = False) -> Tensor:
+        """Return the loss on this rank; see `Oracle.local_loss`."""
+        total = PassRecord.total if main else self._replay.total_alone
+        if main:
+            self._check_precision()
+        # Slopes are differences of nearly equal losses.
+        dtype = torch.float32 if self.device.type == "mps" else torch.float64
+        parts = [total(record).detach().to(dtype) * record.weight for record in self._recorded()]
+        return torch.stack(parts).sum()
+
+    def _check_precision(self) -> None:
+        half = (torch.bfloat16, torch.float16)
+        found = [record.loss.dtype for record in self._recorded() if record.loss is not None]
+        if any(dtype in half for dtype in found):
+            self._warn(
+                "half",
+                f"The loss is {str(found[0]).removeprefix('torch.')}, which cannot tell nearly "
+                "equal losses apart, so their differences are mostly noise. Compute it in float32: "
+                "convert the model's output before the loss, as in `loss_fn(output.float(), y)`.",
+            )
+
+    @torch.no_grad()
+    def local_slope(self, direction: Sequence[Tensor], params: Sequence[Tensor]) -> Tensor:
+        """Return the derivative of the loss along a direction on this rank."""
+        records = self._recorded()
+        return forward_mode(self._replay, records, params, [direction], "mean").slopes[0]
 
     def _check_captured(self) -> None:
         """Check once that some rank has seen a loss function; waits for the device.

@@ -50,7 +50,9 @@ class WindowOracle(CheckedOracle):
         ValueError: If some parameters are not in the module.
     """
 
-    capabilities = frozenset({"loss", "directional", "hvp", "sampled", "layers"})
+    capabilities = frozenset(
+        {"loss", "directional", "hvp", "sampled", "layers", "forward", "slope"}
+    )
 
     def __init__(
         self,
@@ -63,7 +65,7 @@ class WindowOracle(CheckedOracle):
     ) -> None:
         super().__init__(params, module, directional=directional, mean=mean, contexts=contexts)
         if module is None:
-            self.capabilities = type(self).capabilities - {"layers"}
+            self.capabilities = type(self).capabilities - {"layers", "slope"}
         self._impossible: set[str] = set()
 
     def evaluate(self, closure: Callable[[], Any]) -> Any:

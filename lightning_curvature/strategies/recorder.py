@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any, Literal
 
 import lightning.pytorch as pl
@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_curvature import vectors
 from lightning_curvature.checks import check_choice
 from lightning_curvature.optim.base import CurvatureOptimizer
+from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.closure import ClosureOracle
 from lightning_curvature.oracle.extra_pass import Environment
@@ -29,11 +30,13 @@ from lightning_curvature.oracle.record import (
 )
 from lightning_curvature.oracle.replay import is_compiled
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
+from lightning_curvature.strategies.forward_only import ForwardOnly
 from lightning_curvature.strategies.refusals import (
     refuse_module,
     refuse_precision,
     refuse_several_optimizers,
     refuse_strategy,
+    refuse_window,
 )
 
 __all__ = ["StepRecorder", "Window"]
@@ -91,6 +94,7 @@ class StepRecorder:
         self.oracle.partial = window == "last"
         self._compiled = is_compiled(module)
         self._shadowed: Strategy | None = None
+        self._forward_only: ForwardOnly | None = None
 
     @classmethod
     def attach(
@@ -121,9 +125,12 @@ class StepRecorder:
         refuse_several_optimizers(asking)
         refuse_module(trainer.lightning_module, asking[0])
         refuse_precision(strategy.precision_plugin, trainer.lightning_module, asking[0])
+        refuse_window(window, asking[0])
         recorder = cls(trainer, asking[0], directional=directional, window=window)
         asking[0].attach(recorder.oracle)
         setattr(strategy, _MARKER, recorder)
+        if isinstance(asking[0], ZerothOrderOptimizer):
+            recorder._forward_only = ForwardOnly(trainer, asking[0])
         recorder._watch_clipping(strategy)
         return recorder
 
@@ -139,6 +146,9 @@ class StepRecorder:
             self._shadowed.__dict__.pop("training_step", None)
             self._shadowed = None
         strategy.precision_plugin.__dict__.pop("clip_gradients", None)
+        if self._forward_only is not None:
+            self._forward_only.undo()
+            self._forward_only = None
         if getattr(strategy, _MARKER, None) is self:
             delattr(strategy, _MARKER)
         if self.optimizer.oracle is self.oracle:
@@ -184,9 +194,10 @@ class StepRecorder:
         oracle = self.oracle
         versions = batch_versions((args, kwargs))
         batch = copied_containers((args, kwargs))
-        environment = Environment.of(oracle.module, oracle.device, oracle.unchanging_buffers)
-        with LossCapture() as capture:
-            output = training_step(*args, **kwargs)
+        with nullcontext() if oracle.main is None else oracle.main():
+            environment = Environment.of(oracle.module, oracle.device, oracle.unchanging_buffers)
+            with LossCapture() as capture:
+                output = training_step(*args, **kwargs)
         check_batch_unchanged(versions)
         environment.learn_unchanging(oracle.unchanging_buffers)
         loss = _loss_of(output)
@@ -199,7 +210,8 @@ class StepRecorder:
                 num_calls=len(capture.calls),
                 versions=versions,
             )
-            oracle.observe(record, loss, capture.calls)
+            if oracle.main is None:
+                oracle.observe(record, loss, capture.calls)
             oracle.add(record)
         return output
 

@@ -23,7 +23,13 @@ from lightning.pytorch.strategies.xla import XLAStrategy
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.registry import list_optimizers
 
-__all__ = ["refuse_module", "refuse_precision", "refuse_several_optimizers", "refuse_strategy"]
+__all__ = [
+    "refuse_module",
+    "refuse_precision",
+    "refuse_several_optimizers",
+    "refuse_strategy",
+    "refuse_window",
+]
 
 _UNSUPPORTED: dict[type[Strategy], str] = {
     FSDPStrategy: "shards them",
@@ -94,6 +100,11 @@ def refuse_precision(
                 "'16-mixed'."
             )
     scaled = isinstance(plugin, MixedPrecision) and plugin.scaler is not None
+    if scaled and "forward" in optimizer.asks:
+        raise MisconfigurationException(
+            f"{name} re-evaluates the loss, which {plugin.precision} precision cannot do. Use "
+            "bf16-mixed or 32-true."
+        )
     if scaled and not module.automatic_optimization:
         raise MisconfigurationException(
             f"{name} runs the closure of manual optimization again; precision "
@@ -135,4 +146,21 @@ def refuse_module(module: LightningModule, optimizer: CurvatureOptimizer) -> Non
             f"{type(optimizer).__name__} runs training_step again on the same batch, but "
             "training_step(dataloader_iter) takes its batches itself and would lose some. Use "
             "training_step(batch, batch_idx)."
+        )
+
+
+def refuse_window(window: str, optimizer: CurvatureOptimizer) -> None:
+    """Refuse to look at a part of the data where there is no gradient of all of it.
+
+    Args:
+        window: "all" or "last", see `StepRecorder`.
+        optimizer: Optimizer that asks its oracle something.
+
+    Raises:
+        MisconfigurationException: If the optimizer has nothing but what it asks.
+    """
+    if window == "last" and "forward" in optimizer.asks:
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__} knows of the data only what it asks: with window='last' "
+            "the other micro-batches would be left out. Use window='all'."
         )

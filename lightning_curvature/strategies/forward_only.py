@@ -1,0 +1,62 @@
+"""What a Trainer does only for a backward, left out where there is none."""
+
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.strategies import DDPStrategy
+from lightning.pytorch.utilities import rank_zero_warn
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
+
+__all__ = ["ForwardOnly"]
+
+
+class ForwardOnly:
+    """Changes a Trainer for an optimizer that needs no backward, until `undo`.
+
+    The module's ``backward`` does nothing, while all hooks around it are called as always. The
+    wrapper for data parallel training is taken away, or built anew for what still has a gradient:
+    it keeps buffers as large as the parameters, and has no gradients to average.
+
+    Args:
+        trainer: The Trainer, after its strategy was set up.
+        optimizer: Its optimizer.
+    """
+
+    def __init__(self, trainer: pl.Trainer, optimizer: ZerothOrderOptimizer) -> None:
+        self._module = trainer.lightning_module
+        is_hybrid = optimizer.has_gradients
+        if not is_hybrid:
+            self._module.__dict__["backward"] = _nothing
+            if trainer.gradient_clip_val:
+                rank_zero_warn(
+                    f"gradient_clip_val={trainer.gradient_clip_val} has no effect: "
+                    f"{type(optimizer).__name__} has no gradients. Use its max_projected_grad."
+                )
+        strategy = trainer.strategy
+        wrapped = isinstance(strategy, DDPStrategy) and isinstance(
+            strategy.model, DistributedDataParallel
+        )
+        if not (wrapped and isinstance(strategy, DDPStrategy)):
+            return
+        # Its forward also sends the running statistics of rank 0 to the others.
+        if is_hybrid or not _has_running_statistics(self._module):
+            strategy.model = self._module
+        if is_hybrid:
+            with optimizer.only_gradients():
+                strategy.configure_ddp()
+
+    def undo(self) -> None:
+        """Give the module its ``backward`` back."""
+        self._module.__dict__.pop("backward", None)
+
+
+def _nothing(loss: Tensor, *args: Any, **kwargs: Any) -> None:
+    """Stand for a backward."""
+
+
+def _has_running_statistics(module: nn.Module) -> bool:
+    norms = nn.modules.batchnorm._NormBase
+    return any(isinstance(part, norms) and part.track_running_stats for part in module.modules())
