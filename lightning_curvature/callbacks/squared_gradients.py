@@ -59,23 +59,14 @@ def squared_gradients(
     if eval_mode:
         environment.training = [(part, False) for part, _ in environment.training]
     contexts = (plugin_context, lambda: _silenced(module))
-    with (
-        extra_pass(environment, contexts),
-        _own_batches(trainer, num_batches, key) as batches,
-        torch.enable_grad(),
-        eager(),
-    ):
+    with extra_pass(environment, contexts):
         _seed(device, *key, rank())
-        for batch_idx, batch in enumerate(batches):
-            loss = _loss(trainer, batch, batch_idx)
-            if loss is None:
-                continue
-            for total, grad in zip(
-                sums, torch.autograd.grad(loss, list(params), allow_unused=True), strict=True
-            ):
-                if grad is not None:
-                    total.add_(grad.float().square_())
-            done += 1
+        with _own_batches(trainer, num_batches, key) as batches, torch.enable_grad(), eager():
+            for batch_idx, batch in enumerate(batches):
+                loss = _loss(trainer, batch, batch_idx)
+                if loss is not None:
+                    _add_squares(sums, torch.autograd.grad(loss, list(params), allow_unused=True))
+                    done += 1
     counts = torch.tensor([float(done)], device=device)
     if trainer.world_size > 1:
         flat = mean_over_ranks(torch.cat([counts, *(total.view(-1) for total in sums)]))
@@ -99,6 +90,12 @@ def _loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor | None:
     output = module.training_step(*kwargs.values())
     loss = output.get("loss") if isinstance(output, dict) else output
     return loss if isinstance(loss, Tensor) and loss.requires_grad else None
+
+
+def _add_squares(sums: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    for total, grad in zip(sums, grads, strict=True):
+        if grad is not None:
+            total.add_((grad.to_dense() if grad.is_sparse else grad).float().square())
 
 
 def _seed(device: torch.device, *key: int) -> None:
@@ -172,11 +169,12 @@ def _copied(loader: Any) -> Any:
 
 def _generators(loader: Any) -> Iterator[torch.Generator]:
     """Yield the generators that a loader draws its order from."""
-    parts = [loader]
+    parts, seen = [loader], set()
     for part in parts:
-        parts += [
-            getattr(part, name) for name in ("sampler", "batch_sampler") if name in vars(part)
-        ]
+        if part is None or id(part) in seen:
+            continue
+        seen.add(id(part))
+        parts += [getattr(part, name, None) for name in ("sampler", "batch_sampler")]
         generator = getattr(part, "generator", None)
         if isinstance(generator, torch.Generator):
             yield generator

@@ -7,7 +7,7 @@ are left alone. Malladi et al., 2023, arXiv:2305.17333, reset one global generat
 """
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -143,7 +143,7 @@ class Directions:
         positions: Sequence[int] | None = None,
         *,
         write: bool = True,
-    ) -> Iterator[Piece]:
+    ) -> Generator[Piece, None, None]:
         """Visit parameters with the noise of a direction.
 
         The memory of the noise is used again for the next piece. Pieces are the same in every

@@ -216,7 +216,8 @@ class Trajectory:
         values = [*step.answers, *step.scalars.values()]
         self.header["answer_dtype"] = str(step.answers[0].dtype).removeprefix("torch.")
         layout = (tuple(tuple(x.shape) for x in step.answers), tuple(step.scalars))
-        self._changes.set(self._length, {"layout": layout, **step.settings})
+        masks = dict.fromkeys(name for name in self._changes.names if name.startswith("mask/"))
+        self._changes.set(self._length, {"layout": layout, **masks, **step.settings})
         self._waiting.extend(x.reshape(-1) for x in values)
         self._length += 1
         if len(self._waiting) >= _WAITING:

@@ -33,6 +33,11 @@ class Changes:
         self._steps: dict[str, list[int]] = {}
         self._values: dict[str, list[Any]] = {}
 
+    @property
+    def names(self) -> list[str]:
+        """Names of the values there are."""
+        return list(self._steps)
+
     def set(self, step: int, values: dict[str, Any]) -> None:
         """Note the values of a step, which comes after all others.
 

@@ -24,7 +24,8 @@ class TakenStep(NamedTuple):
         number: Optimizer steps taken before it.
         answers: What the step concluded from losses.
         scalars: What else it measured, by name.
-        settings: Hyper-parameters and such by name, plain values; "mask/3" is a tensor.
+        settings: Hyper-parameters and such by name, plain values; "mask/3" is a tensor, which
+            parameters without a mask do not have.
     """
 
     number: int
@@ -35,6 +36,9 @@ class TakenStep(NamedTuple):
 
 class Recorder:
     """Notes every step of an optimizer.
+
+    Attributes:
+        base: Checksums of the weights before the first step.
 
     Args:
         optimizer: The optimizer.
@@ -57,29 +61,46 @@ class Recorder:
         optimizer.on_answer = self._own
         self._hook = optimizer.register_step_pre_hook(lambda *_: self._step_begins())
         self._active = True
+        # Weights may be loaded after recording was turned on.
+        self._has_begun = False
         self.base = checksums(optimizer)
 
     def _step_begins(self) -> None:
         self.settle()
         # One that is still open was broken off, by an interrupt, say.
         self._open = None
+        if not self._has_begun and not self.optimizer.main_moves[0]:
+            self.base = checksums(self.optimizer)
 
     def _note(self, answer: Tensor) -> None:
         if self._before is not None:
             self._before(answer)
         if not self._active:
             return
-        number = self.optimizer._steps_done
+        number, self._has_begun = self.optimizer._steps_done, True
         if self._open is None or self._open.number != number:
             self.settle()
             refuse_unloggable(self.optimizer)
             self._begins(number)
-            self._open = TakenStep(number, [], {}, _settings(self.optimizer))
+            self._open = TakenStep(number, [], {}, self._settings())
         # A clone: the optimizer replaces what is not finite in place.
         self._open.answers.append(answer.detach().clone())
         for name in _MEASURED:
             if name in self.optimizer._scalars:
                 self._open.scalars[name] = self.optimizer._scalars[name].detach().clone()
+
+    def _settings(self) -> dict[str, Any]:
+        optimizer = self.optimizer
+        settings: dict[str, Any] = {"moves": tuple(optimizer.main_moves)}
+        # torch adds "differentiable" to the defaults of some optimizers when a state is loaded.
+        names = [name for name in optimizer.defaults if name != "differentiable"]
+        for number, group in enumerate(optimizer.param_groups):
+            settings.update({f"group/{number}/{name}": _plain(group[name]) for name in names})
+        params = optimizer._all_params()
+        settings["frozen"] = tuple(i for i, p in enumerate(params) if not p.requires_grad)
+        masks = {i: mask_of(optimizer, p) for i, p in enumerate(params) if p in optimizer.state}
+        settings.update({f"mask/{i}": mask for i, mask in masks.items() if mask is not None})
+        return settings
 
     def settle(self) -> None:
         """Hand over the last step if it was taken to its end."""
@@ -152,19 +173,6 @@ def checksums(optimizer: ZerothOrderOptimizer) -> list[int]:
     """
     sums = [checksum(p) for p in optimizer._all_params()]
     return [int(x) for x in torch.stack([x.cpu() for x in sums]).tolist()]
-
-
-def _settings(optimizer: ZerothOrderOptimizer) -> dict[str, Any]:
-    settings: dict[str, Any] = {"moves": tuple(optimizer.main_moves)}
-    for number, group in enumerate(optimizer.param_groups):
-        # torch adds "differentiable" to the defaults of some optimizers when a state is loaded.
-        names = [name for name in optimizer.defaults if name != "differentiable"]
-        settings.update({f"group/{number}/{name}": _plain(group[name]) for name in names})
-    params = optimizer._all_params()
-    settings["frozen"] = tuple(i for i, p in enumerate(params) if not p.requires_grad)
-    for position, p in enumerate(params):
-        settings[f"mask/{position}"] = mask_of(optimizer, p)
-    return settings
 
 
 def mask_of(optimizer: ZerothOrderOptimizer, p: Tensor) -> Tensor | None:

@@ -71,7 +71,7 @@ class Displacement:
             shape = self.directions.shape
             self._dimensions = [sum(shape(i).numel() for i in block) for block in blocks]
 
-    def sweep(self, sample: int, positions: Sequence[int]) -> Iterator[Piece]:
+    def sweep(self, sample: int, positions: Sequence[int]) -> Generator[Piece, None, None]:
         """Visit parameters with the noise of a direction of the present step.
 
         Args:
@@ -159,6 +159,9 @@ class Displacement:
         if away is not None and (away.block != block or away.sample >= num_samples):
             self.home()
             away = None
+        if away is None:
+            # Nothing may have been displaced since somebody else changed the parameters.
+            self.storage.begin(positions)
         sweeps = [
             self.directions.sweep(self.step, sample, positions, write=sample == 0)
             for sample in range(num_samples)
@@ -173,6 +176,9 @@ class Displacement:
                 yield pieces
             is_complete = True
         finally:
+            # Before others look: what masked parameters hold is written when a sweep goes on.
+            for sweep in sweeps:
+                sweep.close()
             if away is not None:
                 rest = () if is_complete else islice(self.sweep(away.sample, positions), done, None)
                 for piece in rest:

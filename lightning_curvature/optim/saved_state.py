@@ -200,8 +200,10 @@ def _check_parameter_state(
 ) -> None:
     if not isinstance(state, dict):
         raise ValueError(f"{where}: the state of parameter {index} is {_short(state)}.")
-    for key in names:
-        shape = () if is_count(key) else tuple(p.shape)
+    mask = state.get("mask")
+    whole = (len(mask),) if isinstance(mask, Tensor) and mask.ndim == 1 else tuple(p.shape)
+    for key in names if set(state) != {"mask"} else ():
+        shape = () if is_count(key) else whole
         if key not in state:
             raise ValueError(f"{where}: parameter {index} has no '{key}'.")
         _check_tensor(f"{where}: '{key}' of parameter {index}", state[key], shape)

@@ -5,6 +5,7 @@ Adding and subtracting the same numbers does not give a float back exactly; half
 from it, and going home is copying it back.
 """
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import torch
@@ -60,15 +61,20 @@ class Storage:
         p, mask = self.directions.params[position].detach(), self.directions.masks.get(position)
         return p if mask is None else p.take(mask)
 
-    def begin(self) -> None:
-        """Take the present values for those that will be gone back to."""
-        for position, snapshot in self._snapshots.items():
-            snapshot.copy_(self._whole(position))
-        for position, master in self._masters.items():
-            p = self._whole(position)
-            for m, x in split([master, p]) if can_split([master, p]) else [(master, p)]:
-                # Somebody else has changed some since: loaded weights, say.
-                m.copy_(torch.where(m.to(x.dtype) == x, m, x.float()))
+    def begin(self, positions: Sequence[int] | None = None) -> None:
+        """Take the present values for those that will be gone back to.
+
+        Args:
+            positions: Of the parameters in question; all by default.
+        """
+        for position in self._origins if positions is None else positions:
+            if position in self._snapshots:
+                self._snapshots[position].copy_(self._whole(position))
+            elif position in self._masters:
+                master, p = self._masters[position], self._whole(position)
+                for m, x in split([master, p]) if can_split([master, p]) else [(master, p)]:
+                    # Somebody else has changed some since: loaded weights, say.
+                    m.copy_(torch.where(m.to(x.dtype) == x, m, x.float()))
 
     def _origin(self, piece: Piece) -> list[Tensor] | None:
         if piece.positions[0] not in self._origins:
