@@ -22,6 +22,13 @@ import torch
 SEED = 20231014
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config: pytest.Config) -> int | None:
+    """Run named files in this process: workers need seconds to import torch and Lightning."""
+    places = [config.invocation_params.dir / arg.partition("::")[0] for arg in config.args]
+    return 0 if all(place.is_file() for place in places) else None
+
+
 @pytest.fixture(autouse=True, scope="session")
 def single_thread() -> None:
     """Use one thread for the whole session: small tensors, and sums in a fixed order."""

@@ -7,6 +7,7 @@ bytes asked for by tensors, so they do not depend on the machine's load, and dif
 to run.
 
     python benchmarks/memory.py
+    python benchmarks/memory.py --suite zeroth
     python benchmarks/memory.py --workloads mlp transformer --device cuda
 """
 
@@ -28,12 +29,14 @@ from report import Measurement, add_common_arguments, append_csv, markdown_table
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.data import DataLoader
 
-from lightning_curvature import AdamQLR
+from lightning_curvature import AdamQLR, HiZOO, HiZOOL, MeZO, ZOAdam, ZOMomentum
 
 RIVAL = "AdamW"
 _MIB = 2**20
 
-VARIANTS: dict[str, tuple[OptimizerFactory, str]] = {
+Variants = dict[str, tuple[OptimizerFactory, str]]
+
+VARIANTS: Variants = {
     RIVAL: (torch.optim.AdamW, "auto"),
     "AdamW, foreach=True": (partial(torch.optim.AdamW, foreach=True), "auto"),
     "AdamQLR": (AdamQLR, "single_device_curvature"),
@@ -45,9 +48,29 @@ VARIANTS: dict[str, tuple[OptimizerFactory, str]] = {
 }
 
 
+def _without_backward() -> Variants:
+    strategy = "single_device_curvature"
+    return {
+        RIVAL: (torch.optim.AdamW, "auto"),
+        "SGD": (partial(torch.optim.SGD, lr=1e-3), "auto"),
+        "MeZO": (MeZO, strategy),
+        "MeZO, snapshot": (partial(MeZO, restore="snapshot"), strategy),
+        "HiZOO": (HiZOO, strategy),
+        "HiZOOL": (HiZOOL, strategy),
+        "ZOMomentum": (ZOMomentum, strategy),
+        "ZOAdam": (ZOAdam, strategy),
+    }
+
+
+SUITES: dict[str, tuple[Variants, list[str]]] = {
+    "qlr": (VARIANTS, ["transformer"]),
+    "zeroth": (_without_backward(), ["transformer20m"]),
+}
+
+
 def peak_memory(
     workload: Workload,
-    variant: str,
+    variant: tuple[OptimizerFactory, str],
     *,
     steps: int,
     batch_size: int | None,
@@ -58,13 +81,13 @@ def peak_memory(
 
     Args:
         workload: What to train.
-        variant: What to train it with.
+        variant: What to train it with: the optimizer and the strategy.
         steps: Number of optimizer steps; the state exists after the first.
         batch_size: Examples per batch, None for the workload's own number.
         device: "cpu" or "cuda".
         seed: Seed of weights and data.
     """
-    make_optimizer, strategy = VARIANTS[variant]
+    make_optimizer, strategy = variant
     parameters = 0
 
     def train() -> None:
@@ -123,8 +146,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--workloads",
         nargs="+",
         choices=list(WORKLOADS),
-        default=["transformer"],
-        help="what to train (default: %(default)s)",
+        help="what to train (default: those of the suite)",
+    )
+    parser.add_argument(
+        "--suite",
+        choices=list(SUITES),
+        default="qlr",
+        help="what to train with: AdamQLR, or what needs no backward (default: %(default)s)",
     )
     parser.add_argument("--steps", type=int, default=4, help="default: %(default)s")
     parser.add_argument(
@@ -138,15 +166,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     quiet_trainers()
 
     measurements = []
-    for name in args.workloads:
+    variants, usual = SUITES[args.suite]
+    for name in args.workloads or usual:
         workload = WORKLOADS[name]
         rows = []
         rival = 0
         # The first run also pays for what is built only once.
-        for variant in (RIVAL, *VARIANTS):
+        for variant in (RIVAL, *variants):
             peak, parameters = peak_memory(
                 workload,
-                variant,
+                variants[variant],
                 steps=args.steps,
                 batch_size=args.batch_size,
                 device=args.device,

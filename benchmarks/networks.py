@@ -115,17 +115,35 @@ class Transformer(nn.Module):
         dropout: Fraction dropped, in [0, 1).
         width: Width of the residual stream.
         layers: Number of layers.
+        heads: Number of attention heads.
+        vocabulary: Number of different tokens.
+        positions: Tokens per example.
+        is_tied: Whether the head shares its weights with the embedding.
     """
 
-    def __init__(self, dropout: float, width: int = 128, layers: int = 3) -> None:
+    def __init__(
+        self,
+        dropout: float,
+        width: int = 128,
+        layers: int = 3,
+        *,
+        heads: int = 4,
+        vocabulary: int = _VOCABULARY,
+        positions: int = _POSITIONS,
+        is_tied: bool = False,
+    ) -> None:
         super().__init__()
-        self.embedding = nn.Embedding(_VOCABULARY, width)
-        self.position = nn.Parameter(0.02 * torch.randn(_POSITIONS, width))
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(0.02 * torch.randn(positions, width))
+        head = nn.Linear(width, vocabulary, bias=not is_tied)
+        if is_tied:
+            nn.init.normal_(self.embedding.weight, std=0.02)
+            head.weight = self.embedding.weight
         self.blocks = nn.Sequential(
             nn.Dropout(dropout),
-            *(Block(width, heads=4, dropout=dropout) for _ in range(layers)),
+            *(Block(width, heads=heads, dropout=dropout) for _ in range(layers)),
             nn.LayerNorm(width),
-            nn.Linear(width, _VOCABULARY),
+            head,
         )
 
     @override
@@ -161,8 +179,10 @@ def _random_images(count: int, *shape: int) -> Batch:
     return torch.randn(count, *shape), torch.randint(_IMAGE_CLASSES, (count,))
 
 
-def _random_tokens(count: int) -> Batch:
-    tokens = torch.randint(_VOCABULARY, (count, _POSITIONS + 1))
+def _random_tokens(
+    count: int, vocabulary: int = _VOCABULARY, positions: int = _POSITIONS
+) -> Batch:
+    tokens = torch.randint(vocabulary, (count, positions + 1))
     return tokens[:, :-1], tokens[:, 1:]
 
 
@@ -263,7 +283,20 @@ WORKLOADS = {
         16,
         1.75,
     ),
+    "transformer20m": Workload(
+        "5-layer transformer (20.0M parameters, tied head), 8 x 128 tokens",
+        partial(
+            *(Transformer, 0.0, 512, 5),
+            heads=8,
+            vocabulary=8192,
+            positions=128,
+            is_tied=True,
+        ),
+        partial(_random_tokens, vocabulary=8192, positions=128),
+        8,
+        1.75,
+    ),
 }
 
 # Those that are measured unless others are asked for.
-USUAL = [name for name in WORKLOADS if name not in ("mlp5m", "mlp40k")]
+USUAL = [name for name in WORKLOADS if name not in ("mlp5m", "mlp40k", "transformer20m")]

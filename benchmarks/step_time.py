@@ -52,7 +52,17 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from typing_extensions import override
 
-from lightning_curvature import EKFAC, KFAC, AdamQLR, CurvatureOptimizer, get_optimizer_info
+from lightning_curvature import (
+    EKFAC,
+    KFAC,
+    AdamQLR,
+    CurvatureOptimizer,
+    HiZOO,
+    HiZOOL,
+    MeZO,
+    ZOAdam,
+    get_optimizer_info,
+)
 
 RIVAL = "AdamW"
 CYCLE = 10
@@ -195,6 +205,7 @@ def suites() -> dict[str, Suite]:
         "qlr": Suite(VARIANTS, USUAL),
         "diagonal": Suite(diagonal, ["mlp5m"], notes),
         "kfac": Suite(_kfac(), ["mlp", "mlp40k"]),
+        "zeroth": Suite(_zeroth(), ["transformer20m"]),
     }
 
 
@@ -226,6 +237,24 @@ def _kfac() -> dict[str, Variant]:
         "KFAC, fixed, factors every 10, inverses every 100": variant(1.3, 10, **seldom),
         "- the same in bfloat16  ": variant(1.3, 10, **seldom, **low),
         "EKFAC, adaptive, defaults": variant(None, cls=EKFAC, factor_warmup=0),
+    }
+
+
+def _zeroth() -> dict[str, Variant]:
+    """Return the optimizers that run no backward."""
+
+    def variant(cls: Any, goal: float | None = None, **options: Any) -> Variant:
+        return Variant(partial(cls, **options), goal=lambda _: goal)
+
+    return {
+        RIVAL: Variant(torch.optim.AdamW, "auto"),
+        "SGD": Variant(partial(torch.optim.SGD, lr=1e-3), "auto"),
+        "MeZO": variant(MeZO, 0.78),
+        "MeZO, snapshot": variant(MeZO, restore="snapshot"),
+        "MeZO, one-sided": variant(MeZO, estimator="one_sided"),
+        "HiZOO": variant(HiZOO, 1.15),
+        "HiZOOL": variant(HiZOOL),
+        "ZOAdam": variant(ZOAdam),
     }
 
 
@@ -460,7 +489,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         description="Time per optimizer step inside a Trainer, relative to torch AdamW."
     )
     parser.add_argument(
-        "--suite", choices=["qlr", "diagonal", "kfac"], default="qlr", help="default: %(default)s"
+        "--suite", choices=["qlr", "diagonal", "kfac", "zeroth"], default="qlr", help="default: %(default)s"
     )
     parser.add_argument(
         "--workloads",

@@ -10,6 +10,9 @@ from lightning_curvature.callbacks import (
     DampingSchedule,
     HessianSchedule,
     LayerStatistics,
+    SampleSchedule,
+    SensitiveParameterMask,
+    TrajectoryLog,
 )
 from lightning_curvature.curvature.schedule import (
     DriftInterval,
@@ -18,6 +21,8 @@ from lightning_curvature.curvature.schedule import (
     WarmupInterval,
 )
 from lightning_curvature.curvature.time_budget import TimeBudget
+from lightning_curvature.curvature.trajectory import Trajectory
+from lightning_curvature.curvature.trajectory_replay import replay_trajectory
 from lightning_curvature.optim import (
     EKFAC,
     KFAC,
@@ -69,10 +74,14 @@ __all__ = [
     "MeZO",
     "OptimizerInfo",
     "RefreshSchedule",
+    "SampleSchedule",
+    "SensitiveParameterMask",
     "SingleDeviceCurvatureStrategy",
     "SophiaG",
     "SophiaH",
     "TimeBudget",
+    "Trajectory",
+    "TrajectoryLog",
     "WarmupInterval",
     "ZOAdam",
     "ZOConservative",
@@ -83,4 +92,5 @@ __all__ = [
     "get_optimizer_info",
     "in_extra_pass",
     "list_optimizers",
+    "replay_trajectory",
 ]

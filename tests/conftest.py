@@ -9,14 +9,13 @@ from typing import Any
 
 import pytest
 
-from tests.helpers.compatibility import CompatibilityPlugin, make_refused
+from tests.helpers.compatibility import WRITE, CompatibilityPlugin, make_refused
 from tests.helpers.families import FamilyPlugin
 from tests.helpers.ranks import RankPool
 from tests.helpers.warm_python import WarmPython
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY = "--every-optimizer"
-WRITE = "--write-compatibility"
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,6 +30,13 @@ def pytest_configure(config: pytest.Config) -> None:
     config.pluginmanager.register(FamilyPlugin(every=every), "families")
     plugin = CompatibilityPlugin(config, ROOT / "docs" / "compatibility.md", ROOT / "tests")
     config.pluginmanager.register(plugin, "compatibility")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let workers of pytest-xdist start with slow files, so that none is left alone with one."""
+    if hasattr(config, "workerinput"):
+        slow = {item.path for item in items if item.get_closest_marker("slow") is not None}
+        items.sort(key=lambda item: item.path not in slow)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:

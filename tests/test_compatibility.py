@@ -10,6 +10,7 @@ from tests.helpers.compatibility import (
     FAILED,
     UNCHECKED,
     WORKS,
+    WRITE,
     CompatibilityPlugin,
     combined,
     differences,
@@ -187,11 +188,9 @@ def test_wrong_use_of_the_marker(
 
 
 def test_the_page_is_what_the_tests_show(pytestconfig: pytest.Config) -> None:
-    if pytestconfig.getoption("--write-compatibility"):
+    if pytestconfig.getoption(WRITE):
         pytest.skip("the page is about to be written")
     plugin = pytestconfig.pluginmanager.get_plugin("compatibility")
     assert isinstance(plugin, CompatibilityPlugin)
-    page = parse(plugin.page.read_text(encoding="utf-8"))
-    found = plugin.outcomes.cells()
-    lines = differences(page, found, whole=plugin.is_whole, thinned=plugin.thinned)
-    assert not lines, "Run `pytest tests --write-compatibility`.\n" + "\n".join(lines)
+    text = plugin.disagreement()
+    assert not text, text

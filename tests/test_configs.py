@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -198,8 +198,17 @@ def test_digits_recipe_reaches_its_accuracy(
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 
 
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """Let new processes hear interrupts where this one ignores them, in a shell's background."""
+    handler = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, handler)
+
+
 @pytest.mark.slow
 @pytest.mark.ddp
+@pytest.mark.usefixtures("interruptible")
 def test_an_interrupt_ends_both_processes(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "lightning_curvature", "fit", "-c", str(CONFIGS / DIGITS_DDP)]
     with (tmp_path / "log.txt").open("w+") as log:
@@ -218,7 +227,8 @@ def test_an_interrupt_ends_both_processes(tmp_path: Path) -> None:
                 assert time.monotonic() < deadline, (tmp_path / "log.txt").read_text()
                 time.sleep(0.2)
             os.killpg(process.pid, signal.SIGINT)
-            assert process.wait(timeout=60) == 1
+            # Lightning kills the first if it sees the second end before the first itself did.
+            assert process.wait(timeout=60) in (1, -signal.SIGKILL)
             while _is_alive(process.pid):
                 assert time.monotonic() < deadline, "the second process goes on"
                 time.sleep(0.2)

@@ -8,19 +8,18 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
-from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
 from typing_extensions import override
 
+from lightning_curvature.callbacks.quantized_rest import QuantizedRest
 from lightning_curvature.callbacks.squared_gradients import squared_gradients
-from lightning_curvature.checks import check_choice, check_count, check_in_range, check_interval
-from lightning_curvature.curvature.quantized import (
-    Bits,
-    QuantizedWeight,
-    dense_state,
-    quantize_rest,
-    restore_rest,
+from lightning_curvature.checks import (
+    check_choice,
+    check_count,
+    check_in_range,
+    check_interval,
+    check_positive,
 )
+from lightning_curvature.curvature.quantized import Bits
 from lightning_curvature.curvature.sensitive import (
     Criterion,
     captured_share,
@@ -45,9 +44,10 @@ class SensitiveParameterMask(Callback):
     ``first_order=True`` are trained as always.
 
     With ``quantize`` all other entries of linear, embedding and convolution weights are stored in 8
-    or 4 bits while the fit lasts, and each forward pass makes the weight of a layer anew. So does a
-    frozen weight. Checkpoints hold whole weights under their ordinary names, with the rounding that
-    was trained with, and so does the module after the fit.
+    or 4 bits while the fit lasts, and each forward pass makes the weight of a layer anew. Weights
+    that are frozen are stored so, too, and must stay frozen. Checkpoints hold whole weights under
+    their ordinary names, with the rounding that was trained with, and so does the module after the
+    fit.
 
     | key | meaning | unit |
     | --- | --- | --- |
@@ -65,8 +65,9 @@ class SensitiveParameterMask(Callback):
         criterion: What is compared: "fisher" for squared gradients of the training loss,
             "magnitude" for the weights themselves, "random" for nothing.
         num_batches: Batches per rank whose squared gradients are averaged, for "fisher".
-        update_interval: Optimizer steps after which entries are chosen anew; None for never.
-            Entries that stay keep their state, new ones start with the mean of it.
+        update_interval: Optimizer steps after which entries are chosen anew; None for never. One of
+            the batches is then that at hand. Entries that stay keep their state, new ones start
+            with the mean of it.
         seed: Seed of random choices, of the batches that "fisher" looks at and of their dropout.
         quantize: How the other entries are stored: "none" as they are, "int8" with a scale per
             row, "int4" with a scale per 64 entries of a row.
@@ -112,8 +113,7 @@ class SensitiveParameterMask(Callback):
                     f"Invalid update_interval={update_interval!r}: with quantize={quantize!r} the "
                     "entries stay the same, those that leave would lose what they have learned."
                 )
-        if not isinstance(seed, int) or isinstance(seed, bool):
-            raise TypeError(f"Invalid seed={seed!r}: must be an integer.")
+        check_positive("seed", seed, zero=True)
         self.fraction = fraction
         self.criterion: Criterion = criterion
         self.num_batches = num_batches
@@ -123,28 +123,20 @@ class SensitiveParameterMask(Callback):
         self.num_entries: int | None = None
         self.num_candidates: int | None = None
         self.captured_share: float | None = None
-        self._forget()
-
-    def _forget(self) -> None:
-        """Forget what belongs to one run."""
-        # Step of the last choice of this process.
+        # Step of the last choice of this run.
         self._chosen_at: int | None = None
-        # Scales and values of a checkpoint, until they are used; those of the weights at present.
+        self._rest: QuantizedRest | None = None
+        # How the rest is quantized: in a checkpoint, until it is used; in the run that has ended.
         self._loaded: dict[str, Any] | None = None
-        self._quantized: dict[str, QuantizedWeight] = {}
-        self._last_state: dict[str, Any] | None = None
-        self._handles: list[RemovableHandle] = []
+        self._last: dict[str, Any] | None = None
 
     # A fit
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the optimizer; earlier it does not exist."""
-        self._last_state = None
-        self._chosen_at = None
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        if sum(isinstance(callback, SensitiveParameterMask) for callback in callbacks) > 1:
-            raise MisconfigurationException("One SensitiveParameterMask per Trainer is supported.")
+        self._release()
+        self._last = self._chosen_at = None
         if not _optimizers(trainer):
             names = ", ".join(type(optimizer).__name__ for optimizer in trainer.optimizers)
             raise MisconfigurationException(
@@ -160,14 +152,16 @@ class SensitiveParameterMask(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the entries, unless the optimizer brought them along, and quantize the rest."""
-        chosen = {p: mask for p, o in _candidates(trainer) if (mask := _mask_of(o, p)) is not None}
-        if not chosen:
-            self._choose(trainer)
+        owners = _owners(trainer)
+        masks = [o.state[p]["mask"] for p, o in owners.items() if "mask" in o.state.get(p, {})]
+        if masks:
+            self.num_entries = sum(mask.numel() for mask in masks)
+            self.num_candidates = sum(p.numel() for p in owners)
         else:
-            self.num_entries = sum(mask.numel() for mask in chosen.values())
-            self.num_candidates = sum(p.numel() for p, _ in _candidates(trainer))
+            self._choose(trainer)
         if self.quantize != "none":
-            self._quantize(trainer, pl_module)
+            loaded, self._loaded = self._loaded, None
+            self._rest = QuantizedRest(pl_module, owners, _BITS[self.quantize], loaded)
 
     @override
     def on_train_batch_start(
@@ -177,14 +171,14 @@ class SensitiveParameterMask(Callback):
         step = _step(trainer)
         due = self.update_interval is not None and step % self.update_interval == 0
         if due and step != self._chosen_at:
-            self._choose(trainer)
+            self._choose(trainer, batch)
 
     # The choice
 
-    def _choose(self, trainer: Trainer) -> None:
+    def _choose(self, trainer: Trainer, batch: Any = None) -> None:
         step = self._chosen_at = _step(trainer)
-        pairs = _candidates(trainer)
-        params = [p for p, _ in pairs]
+        owners = _owners(trainer)
+        params = list(owners)
         if not params:
             raise MisconfigurationException(
                 "SensitiveParameterMask found no parameter that is trained by loss values alone."
@@ -194,34 +188,43 @@ class SensitiveParameterMask(Callback):
             sizes = {i: p.numel() for i, p in enumerate(params)}
             chosen = random_entries(sizes, self.fraction, self.seed, step)
         else:
-            scores = dict(enumerate(self._scores(trainer, params, step)))
+            scores = dict(enumerate(self._scores(trainer, params, step, batch)))
             chosen = largest_entries(scores, self.fraction)
             if self.criterion == "fisher":
                 self.captured_share = captured_share(scores, chosen)
-        for i, (p, optimizer) in enumerate(pairs):
+        for i, (p, optimizer) in enumerate(owners.items()):
             _set_mask(optimizer, p, chosen[i])
         self.num_entries = sum(positions.numel() for positions in chosen.values())
         self.num_candidates = sum(p.numel() for p in params)
         self._tell(trainer)
 
-    def _scores(self, trainer: Trainer, params: list[Tensor], step: int) -> list[Tensor]:
+    def _scores(
+        self, trainer: Trainer, params: list[Tensor], step: int, batch: Any
+    ) -> list[Tensor]:
         if self.criterion == "magnitude":
             return params
         (optimizer, *_) = _optimizers(trainer)
         eval_mode = optimizer.param_groups[0].get("model_mode") == "eval"
         scores = squared_gradients(
-            trainer, params, self.num_batches, self.seed, step, eval_mode=eval_mode
+            trainer,
+            params,
+            self.num_batches,
+            self.seed,
+            step,
+            batch=batch,
+            eval_mode=eval_mode,
         )
         if not all(bool(torch.isfinite(score).all()) for score in scores):
             raise RuntimeError(
-                f"Squared gradients of {self.num_batches} batches are not all finite, so no entries "
+                f"Squared gradients of {self.num_batches} batches are not all finite: no entries "
                 "can be chosen by them. Check the loss, or use precision='bf16-mixed' or "
                 "'32-true', or criterion='magnitude'."
             )
         return scores
 
     def _tell(self, trainer: Trainer) -> None:
-        assert self.num_entries is not None and self.num_candidates is not None
+        assert self.num_entries is not None
+        assert self.num_candidates is not None
         fraction = self.num_entries / self.num_candidates
         metrics = {"trained_entries": float(self.num_entries), "trained_fraction": fraction}
         text = (
@@ -238,26 +241,90 @@ class SensitiveParameterMask(Callback):
                 step=trainer.global_step,
             )
 
-    # The rest
+    # The end
 
-    def _quantize(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Quantize all but the masked entries, as they were in the run that is resumed."""
-        trained = {id(p): _mask_of(o, p) for p, o in _candidates(trainer)}
-        nothing = torch.empty(0, dtype=torch.int64)
-        masks = {
-            name: nothing if mask is None else mask
-            for name, p in pl_module.named_parameters()
-            if (mask := trained.get(id(p))) is not None or not p.requires_grad
-        }
-        bits = _BITS[self.quantize]
-        loaded, self._loaded = self._loaded, None
-        if loaded is None or loaded["bits"] != bits:
-            loaded = {"scales": {}, "values": {}}
-        self._quantized = quantize_rest(pl_module, masks, bits, scales=loaded["scales"])
-        optimizers = {id(p): o for p, o in _candidates(trainer)}
-        for name, p in pl_module.named_parameters(remove_duplicate=False):
-            ...
+    @override
+    def on_exception(
+        self, trainer: Trainer, pl_module: LightningModule, exception: BaseException
+    ) -> None:
+        """Give whole weights back: Lightning does not call ``teardown`` after an exception."""
+        self._release()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Give whole weights back."""
+        self._release()
+
+    def _release(self) -> None:
+        if self._rest is not None:
+            # A checkpoint may be written after an exception.
+            self._last = self._rest.state()
+            self._rest.undo()
+            self._rest = None
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        """Return what is not in the optimizer's state, where the entries are."""
+        quantized = self._last if self._rest is None else self._rest.state()
+        return {"captured_share": self.captured_share, "quantized": quantized}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take what a checkpoint holds."""
+        self.captured_share = state_dict["captured_share"]
+        self._loaded = state_dict["quantized"]
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave what belongs to one run out of pickles."""
+        return {**self.__dict__, "_rest": None, "_loaded": None, "_last": None}
+
+    def __repr__(self) -> str:
+        arguments = inspect.signature(SensitiveParameterMask).parameters
+        shown = [
+            f"{name}={getattr(self, name)!r}"
+            for name, argument in arguments.items()
+            if getattr(self, name) != argument.default
+        ]
+        return f"SensitiveParameterMask({', '.join(shown)})"
 
 
 def _optimizers(trainer: Trainer) -> list[ZerothOrderOptimizer]:
     return [o for o in trainer.optimizers if isinstance(o, ZerothOrderOptimizer)]
+
+
+def _step(trainer: Trainer) -> int:
+    """Return the number of optimizer steps done; it is saved with the optimizer."""
+    return _optimizers(trainer)[0]._steps_done
+
+
+def _owners(trainer: Trainer) -> dict[Tensor, ZerothOrderOptimizer]:
+    """Return the parameters that are trained by loss values, and their optimizers."""
+    return {
+        p: optimizer
+        for optimizer in _optimizers(trainer)
+        for group in optimizer.param_groups
+        if not group["first_order"]
+        for p in group["params"]
+        if p.requires_grad
+    }
+
+
+def _set_mask(optimizer: ZerothOrderOptimizer, p: Tensor, positions: Tensor) -> None:
+    """Set a mask, and keep the state of entries that were in the one before."""
+    state = dict(optimizer.state.get(p, {}))
+    old = state.pop("mask", None)
+    optimizer.set_mask(p, positions)
+    new = optimizer.state[p]["mask"]
+    if old is None or not bool((stays := torch.isin(new, old)).any()):
+        return
+    source = torch.searchsorted(old, new[stays])
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            optimizer.state[p][name] = value
+        elif value.shape == old.shape:
+            kept = value[source]
+            # An average is no worse a start for a metric or a moment than what it began with.
+            fresh = p.detach().take(new) if name == "master" else kept.mean().expand(len(new))
+            fresh = fresh.to(kept.dtype).clone()
+            fresh[stays] = kept
+            optimizer.state[p][name] = fresh

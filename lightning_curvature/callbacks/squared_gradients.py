@@ -6,6 +6,7 @@ import sys
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ def squared_gradients(
     params: Sequence[Tensor],
     num_batches: int,
     *key: int,
+    batch: Any = None,
     eval_mode: bool = False,
 ) -> list[Tensor]:
     """Return the mean over batches of the squared gradient of a batch's mean loss.
@@ -41,6 +43,7 @@ def squared_gradients(
         params: The parameters.
         num_batches: Number of batches of each rank, fewer if the loader ends before.
         *key: What the random numbers depend on, such as a seed and the step.
+        batch: The first batch, where the Trainer has prepared one already.
         eval_mode: Whether to evaluate in eval mode.
 
     Returns:
@@ -53,7 +56,7 @@ def squared_gradients(
     device = params[0].device
     plugin_context = trainer.strategy.precision_plugin.train_step_context
     sums = [torch.zeros_like(p, dtype=torch.float32).detach() for p in params]
-    done = 0
+    done, ready = 0, [] if batch is None else [batch]
     with plugin_context():
         environment = Environment.of(module, device)
     if eval_mode:
@@ -61,9 +64,10 @@ def squared_gradients(
     contexts = (plugin_context, lambda: _silenced(module))
     with extra_pass(environment, contexts):
         _seed(device, *key, rank())
-        with _own_batches(trainer, num_batches, key) as batches, torch.enable_grad(), eager():
-            for batch_idx, batch in enumerate(batches):
-                loss = _loss(trainer, batch, batch_idx)
+        own = _own_batches(trainer, num_batches - len(ready), key)
+        with own as more, torch.enable_grad(), eager():
+            for batch_idx, one in enumerate(chain(ready, more)):
+                loss = _loss(trainer, one, batch_idx)
                 if loss is not None:
                     _add_squares(sums, torch.autograd.grad(loss, list(params), allow_unused=True))
                     done += 1
@@ -80,12 +84,15 @@ def squared_gradients(
     return [total.div_(counts) for total in sums]
 
 
-def _loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor | None:
-    """Return the loss of a batch, which goes the way that Lightning's loop would send it."""
-    module = trainer.lightning_module
+def _prepared(trainer: Trainer, batch: Any) -> Any:
+    """Send a batch the way that Lightning's loop would."""
     batch = trainer.precision_plugin.convert_input(batch)
-    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
-    batch = trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+    batch = trainer.lightning_module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def _loss(trainer: Trainer, batch: Any, batch_idx: int) -> Tensor | None:
+    module = trainer.lightning_module
     kwargs = trainer.fit_loop.epoch_loop._build_kwargs(OrderedDict(), batch, batch_idx)
     output = module.training_step(*kwargs.values())
     loss = output.get("loss") if isinstance(output, dict) else output
@@ -146,7 +153,8 @@ def _own_batches(trainer: Trainer, most: int, key: tuple[int, ...]) -> Iterator[
                 stream(torch.device("cpu"), "order of batches", *key, number).initial_seed()
             )
         iterator = iter(own)
-        yield (batch for _, (batch, *_) in zip(range(most), iterator, strict=False))
+        found = zip(range(most), iterator, strict=False)
+        yield (_prepared(trainer, batch) for _, (batch, *_) in found)
     finally:
         own.reset()  # ends its workers
         for number, generator in generators.items():

@@ -274,7 +274,7 @@ class Directions:
             out.copy_(draws.view(out.shape))
         else:
             # Also where memory lies so that a large parameter must be visited at once.
-            for chunk in out.view(-1).split(_CHUNK.get(out.device.type, _LARGE_CHUNK)):
+            for chunk in torch.split(out.view(-1), _CHUNK.get(out.device.type, _LARGE_CHUNK)):
                 if self.distribution == "rademacher":
                     # Three times faster than bernoulli_.
                     chunk.random_(0, 2, generator=draws).mul_(2).sub_(1)

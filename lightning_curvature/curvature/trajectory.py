@@ -7,7 +7,6 @@ that it ends at the same bits.
 """
 
 import os
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -25,7 +24,7 @@ from lightning_curvature.curvature.trajectory_recorder import (
 )
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
-__all__ = ["LoggedStep", "Trajectory"]
+__all__ = ["LoggedStep", "Trajectory", "write_whole", "zeroth_order"]
 
 _FORMAT = "lightning_curvature.trajectory"
 _VERSION = 1
@@ -109,6 +108,8 @@ class Trajectory:
         self._waiting: list[Tensor] = []
         # Step and checksums where the weights were last looked at.
         self._end: tuple[int, list[int]] | None = None
+        # Of a file: ways of main passes since its last step, which its weights have gone.
+        self._trips = 0
         self._recorder: Recorder | None = None
 
     def __len__(self) -> int:
@@ -145,7 +146,7 @@ class Trajectory:
 
         Raises:
             ValueError: If the optimizer is not of the zeroth-order family, has groups with
-                gradients, or is not the one of the steps here.
+                gradients, or is not the one of the steps here, on its device.
             RuntimeError: If this trajectory is recording already.
         """
         if self._recorder is not None:
@@ -154,12 +155,20 @@ class Trajectory:
         refuse_unloggable(real)
         if self.header:
             self.check(real)
+            if not self.is_of_device(real):
+                raise ValueError(
+                    f"The trajectory is of a run on {self.header['device']} "
+                    f"{self.header['device_name']}: begin a new one on this device."
+                )
+            if real._steps_done == self.first_step + self._length:
+                real._trips = max(real._trips, self._trips)
         self._recorder = Recorder(real, self._begin_step, self._append)
 
     def stop(self) -> None:
         """Note no further steps."""
         if self._recorder is not None:
             self._note_end()
+            self._trips = self._recorder.trips
             self._recorder.close()
             self._recorder = None
 
@@ -188,6 +197,15 @@ class Trajectory:
                         f"{found} here. Build the model as in the run."
                     )
 
+    def is_of_device(self, optimizer: ZerothOrderOptimizer) -> bool:
+        """Tell whether directions on the device of an optimizer are those of the steps here.
+
+        Args:
+            optimizer: The optimizer.
+        """
+        here = describe(optimizer)
+        return all(here[key] == self.header[key] for key in ("device", "device_name"))
+
     def _begin_step(self, number: int) -> None:
         """Make room for a step: the first one writes the header."""
         recorder = self._recorder
@@ -207,10 +225,14 @@ class Trajectory:
                 f"{self.first_step + self._length}, but the optimizer is at step {number}. Start a "
                 "new one from a checkpoint of this step."
             )
-        if [len(group["params"]) for group in recorder.optimizer.param_groups] != self.header[
-            "groups"
-        ]:
+        groups = recorder.optimizer.param_groups
+        if [len(group["params"]) for group in groups] != self.header["groups"]:
             raise RuntimeError("A trajectory cannot go on after add_param_group. Start a new one.")
+        if recorder.optimizer.stream_indices != self.header["streams"]:
+            raise RuntimeError(
+                "The random streams are not those of the trajectory. Load the state of the "
+                "optimizer along with the weights."
+            )
 
     def _append(self, step: TakenStep) -> None:
         values = [*step.answers, *step.scalars.values()]
@@ -333,6 +355,7 @@ class Trajectory:
             "checksum": int(checksum(values)),
             "changes": self._changes.state_dict(),
             "end": self._end,
+            "trips": self._trips if self._recorder is None else self._recorder.trips,
         }
 
     @classmethod
@@ -362,7 +385,7 @@ class Trajectory:
             trajectory._changes = Changes.from_state_dict(state["changes"], length)
             if trajectory._offset(length) != len(values):
                 raise ValueError("it holds another number of answers than of steps")
-            trajectory._end = state["end"]
+            trajectory._end, trajectory._trips = state["end"], int(state["trips"])
             if length:
                 next(trajectory.steps(length - 1))
         except Exception as error:  # whatever it is, the file is to blame
@@ -375,16 +398,7 @@ class Trajectory:
         Args:
             path: The file. Its folder is made if it is not there.
         """
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-        try:
-            with os.fdopen(handle, "wb") as file:
-                torch.save(self.state_dict(), file)
-            os.replace(name, target)
-        except BaseException:
-            os.unlink(name)
-            raise
+        write_whole(self.state_dict(), path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "Trajectory":
@@ -414,6 +428,23 @@ class Trajectory:
         self._settle()
         self._flush()
         return {**self.__dict__, "_recorder": None}
+
+
+def write_whole(content: Any, path: str | os.PathLike[str]) -> None:
+    """Write a file of tensors; there is never a part of it.
+
+    Args:
+        content: What `torch.save` takes.
+        path: The file. Its folder is made if it is not there.
+    """
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}")
+    try:
+        torch.save(content, temporary)
+        os.replace(temporary, target)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def zeroth_order(optimizer: torch.optim.Optimizer) -> ZerothOrderOptimizer:

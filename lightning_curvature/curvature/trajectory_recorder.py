@@ -102,6 +102,11 @@ class Recorder:
         settings.update({f"mask/{i}": mask for i, mask in masks.items() if mask is not None})
         return settings
 
+    @property
+    def trips(self) -> int:
+        """How often main passes moved the parameters since the last step."""
+        return self.optimizer.main_moves[0]
+
     def settle(self) -> None:
         """Hand over the last step if it was taken to its end."""
         if self._open is None or self._open.number == self.optimizer._steps_done:

@@ -37,9 +37,10 @@ def replay_trajectory(
         trajectory: The log.
         steps: Number of steps to take, None for all that are left.
         other_device: Whether to replay a run of a CPU elsewhere: with its directions, drawn on the
-            CPU, and the round-off of this device. In float32 weights come out right to about 1e-6
-            of the way they went; in half precision random rounding differs too. Runs of other
-            devices cannot be replayed on a CPU, or on another GPU model: directions would differ.
+            CPU, and the round-off of this device, so that every step is off by some units in the
+            last place; in half precision random rounding differs, too. Runs of other devices cannot
+            be replayed on a CPU, or on another GPU model, where directions differ, unless the run
+            had a ``noise_source`` that is the same there.
 
     Raises:
         ValueError: If the trajectory is not one of this optimizer over such parameters and on such

@@ -1,6 +1,6 @@
 """Where the parameters are while a zeroth-order step looks at the loss, and the way back."""
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from itertools import islice
 from typing import NamedTuple
 

@@ -4,14 +4,16 @@ A row of the table is a feature, a column an optimizer, and a cell what the test
 showed for that optimizer. ``pytest tests --write-compatibility`` writes the page.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from lightning_curvature import list_optimizers
 from tests.helpers.families import LEFT_OUT, contract_of
 
+WRITE = "--write-compatibility"
 GROUPS = (
     "Distributed",
     "Accumulation and clipping",
@@ -25,7 +27,10 @@ GROUPS = (
 )
 WORKS, UNCHECKED, FAILED = "works", "unchecked", "fails"
 SEPARATOR = "; "
-TEST = "test_compatibility.py"
+# The comparison of the page with the session.
+TEST, COMPARISON = "test_compatibility.py", "test_the_page_is_what_the_tests_show"
+# Under which name a worker of pytest-xdist hands over what it found.
+FINDINGS = "compatibility"
 
 HEADER = """\
 # Compatibility
@@ -50,9 +55,13 @@ class Outcomes:
     def __init__(self) -> None:
         self._seen: dict[Key, list[str]] = {}
 
-    def add(self, key: Key, outcome: str) -> None:
-        """Note what one test showed."""
-        self._seen.setdefault(key, []).append(outcome)
+    def add(self, key: Key, *outcomes: str) -> None:
+        """Note what one test showed, or several."""
+        self._seen.setdefault(key, []).extend(outcomes)
+
+    def items(self) -> list[tuple[Key, list[str]]]:
+        """List what was noted."""
+        return list(self._seen.items())
 
     def cells(self) -> dict[Key, str]:
         """Return one outcome per feature and optimizer."""
@@ -154,6 +163,9 @@ def _parts(outcome: str) -> list[str]:
 class CompatibilityPlugin:
     """Collects the outcomes of a pytest session, and writes the page if asked to.
 
+    With pytest-xdist the workers collect them, each those of its own tests. They leave out the
+    comparison with the page; the controller, which hears of all, makes it in the end.
+
     Args:
         config: The session's.
         page: Path of the page.
@@ -167,20 +179,30 @@ class CompatibilityPlugin:
         self.page = page
         self.tests = tests
         self.outcomes = Outcomes()
+        self._config = config
         self._keys: dict[str, list[Key]] = {}
+        self._showing: set[str] = set()
         self._reported: set[str] = set()
         self._complete = not any("::" in arg for arg in config.args)
+        # Of the comparison that the workers leave out: its node id and location.
+        self._comparison: tuple[str, Any] | None = None
         self.thinned = False
 
     @property
     def is_whole(self) -> bool:
         """Whether every test marked ``feature`` was collected and has run, wide ones thinned."""
-        return self._complete and self._keys.keys() <= self._reported
+        return self._complete and bool(self._showing) and self._showing <= self._reported
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        """Let the comparison run last."""
+        """Let the comparison run last, or leave it out."""
         items.sort(key=lambda item: item.path.name == TEST)
+        if hasattr(self._config, "workerinput") and not self._config.getoption(WRITE, False):
+            for item in items:
+                if item.path.name == TEST and item.name == COMPARISON:
+                    self._comparison = item.nodeid, item.location
+                    items.remove(item)
+                    return
 
     def pytest_deselected(self, items: list[pytest.Item]) -> None:
         """Note that not everything runs."""
@@ -191,6 +213,7 @@ class CompatibilityPlugin:
     def pytest_collection_finish(self, session: pytest.Session) -> None:
         """Learn which test shows what."""
         self._keys = {item.nodeid: keys for item in session.items if (keys := _keys_of(item))}
+        self._showing = set(self._keys)
         collected = {item.path for item in session.items}
         if not set(self.tests.rglob("test_*.py")) <= collected:
             self._complete = False
@@ -207,8 +230,54 @@ class CompatibilityPlugin:
         else:
             outcomes = [FAILED if report.failed else UNCHECKED]
         for key in keys:
-            for outcome in outcomes:
-                self.outcomes.add(key, outcome)
+            self.outcomes.add(key, *outcomes)
+
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        """Hand over what a worker found."""
+        if hasattr(session.config, "workeroutput"):
+            session.config.workeroutput[FINDINGS] = {
+                "outcomes": self.outcomes.items(),
+                "showing": sorted(self._showing),
+                "reported": sorted(self._reported),
+                "complete": self._complete,
+                "thinned": self.thinned,
+                "comparison": self._comparison,
+            }
+
+    @pytest.hookimpl(optionalhook=True)
+    def pytest_testnodedown(self, node: Any, error: object) -> None:
+        """Take over what a worker found; one that crashed says nothing."""
+        found = getattr(node, "workeroutput", {}).get(FINDINGS)
+        if error is not None or found is None:
+            self._complete = False
+            return
+        for key, outcomes in found["outcomes"]:
+            self.outcomes.add(key, *outcomes)
+        self._showing.update(found["showing"])
+        self._reported.update(found["reported"])
+        self._complete &= found["complete"]
+        self.thinned |= found["thinned"]
+        self._comparison = found["comparison"]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtestloop(self) -> Generator[None, object, object]:
+        """Make the comparison that the workers have left out."""
+        result = yield
+        if self._comparison is not None and not hasattr(self._config, "workerinput"):
+            nodeid, location = self._comparison
+            text = self.disagreement()
+            report = pytest.TestReport(
+                nodeid, location, {}, "failed" if text else "passed", text or None, "call"
+            )
+            self._config.hook.pytest_runtest_logreport(report=report)
+        return result
+
+    def disagreement(self) -> str:
+        """Say where the page is not what the session showed; nothing if it is."""
+        page = parse(self.page.read_text(encoding="utf-8"))
+        found = self.outcomes.cells()
+        lines = differences(page, found, whole=self.is_whole, thinned=self.thinned)
+        return "\n".join([f"Run `pytest tests {WRITE}`.", *lines]) if lines else ""
 
     def write(self) -> str:
         """Write the page and return what was done; outcomes of a part go into the page there is."""

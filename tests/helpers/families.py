@@ -3,6 +3,9 @@
 A family are the optimizers that ask their oracle the same. A test with `every_optimizer` belongs to
 the core. A test with `every_family` is wide: by default it runs with one representative per family,
 with ``pytest --every-optimizer`` it runs with all.
+
+Variants of another optimizer (`Contract.variant_of`) represent no family, and by default run only
+those tests of the core that are marked with `variants_too`: their rule, their state, a bad batch.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -14,14 +17,19 @@ from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
+# Marks a test of the core that by default runs with variants, too.
+variants_too = pytest.mark.variants
+
 # Items that the rule leaves out, so that whoever counts them can tell them from those of ``-k``.
 LEFT_OUT = pytest.StashKey[bool]()
 
 
 def representatives(contracts: Sequence[Contract]) -> list[Contract]:
-    """Choose one contract per family: the one that says so, otherwise the first."""
+    """Choose one contract per family: the one that says so, otherwise the first; no variants."""
     chosen: dict[frozenset[str], Contract] = {}
     for contract in contracts:
+        if contract.variant_of:
+            continue
         first = chosen.setdefault(contract.info.asks, contract)
         if contract.represents and first is not contract:
             if first.represents:
@@ -44,24 +52,28 @@ def every_family(test: Test) -> Test:
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:
     """List the items that a run without ``--every-optimizer`` leaves out.
 
-    Wide tests run with `LEADER` in all variants. Of the variants of a test that show the same
-    feature the other representatives run one, each another one if there are enough.
+    Wide tests run with `LEADER` in all cases. Of the cases of a test that show the same feature
+    the other representatives run one, each another one if there are enough.
     """
     names = [contract.info.name for contract in REPRESENTATIVES if contract is not LEADER]
     found: list[pytest.Item] = []
-    variants: dict[tuple[Any, ...], list[pytest.Item]] = {}
+    cases: dict[tuple[Any, ...], list[pytest.Item]] = {}
     for item in items:
         contract = contract_of(item)
-        if contract is None or contract is LEADER or item.get_closest_marker("wide") is None:
+        if contract is None or contract is LEADER:
+            continue
+        if item.get_closest_marker("wide") is None:
+            if contract.variant_of and item.get_closest_marker("variants") is None:
+                found.append(item)
             continue
         name = contract.info.name
         if name in names:
             features = [mark.args for mark in item.iter_markers("feature")]
             test = item.nodeid.partition("[")[0]
-            variants.setdefault((name, test, *features), []).append(item)
+            cases.setdefault((name, test, *features), []).append(item)
         else:
             found.append(item)
-    for (name, *_), same in variants.items():
+    for (name, *_), same in cases.items():
         kept = names.index(name) % len(same)
         found += same[:kept] + same[kept + 1 :]
     return found

@@ -32,6 +32,8 @@ class Contract:
         shared_state: Keys of the curvature's state whose tensors later steps may change, as torch's
             optimizers do with those of parameters.
         represents: Whether the wide tests take it for its family, instead of the first one.
+        variant_of: Name of the optimizer that it is a variant of, "" if of none. A variant shares
+            all but its rule with it, so by default it runs in few tests only, see families.py.
     """
 
     info: OptimizerInfo
@@ -43,11 +45,17 @@ class Contract:
     is_exact: bool = False
     shared_state: tuple[str, ...] = ()
     represents: bool = False
+    variant_of: str = ""
+
+    @property
+    def forward_only(self) -> bool:
+        """Whether it runs no backward, so that there are no gradients."""
+        return "forward" in self.info.asks
 
     @property
     def runs_again(self) -> bool:
         """Whether it asks for extra passes; what others ask is found in the main passes."""
-        return not self.info.asks.isdisjoint({"loss", "directional"})
+        return not self.info.asks.isdisjoint({"loss", "directional", "forward"})
 
     @property
     def records(self) -> bool:
@@ -57,7 +65,7 @@ class Contract:
     @property
     def needs_module(self) -> bool:
         """Whether it must know the layers, so that a bare closure is not enough."""
-        return "layers" in self.info.asks
+        return not self.info.asks.isdisjoint({"layers", "slope"})
 
     @property
     def needs_known_loss(self) -> bool:
@@ -151,6 +159,13 @@ KFAC_QUIET: dict[str, Any] = {
     "inverse_update_interval": NEVER,
 }
 
+# A direction says little about a gradient: several per step, so that a few steps show something. Each
+# costs two passes, so not many, and short steps instead.
+ZEROTH: dict[str, Any] = {"lr": 0.2, "num_samples": 4}
+
+# H moves, and second differences are above the round-off of float32.
+HIZOO: dict[str, Any] = {**ZEROTH, "perturbation_scale": 0.01, "hessian_smoothing": 1e-3}
+
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},
     "sgdqlr": {"quiet": {"max_failures": NEVER}},
@@ -202,14 +217,64 @@ SPECIAL: dict[str, dict[str, Any]] = {
         "options": {**SOPHIA, "rho": 1.0},
         "quiet": {"max_failures": NEVER},
     },
+    "mezo": {
+        "options": ZEROTH,
+        "steep": {"lr": 0.01},
+        "quiet": {"max_failures": NEVER},
+    },
+    "hizoo": {
+        "options": HIZOO,
+        "steep": {"lr": 0.015},
+        "quiet": {"max_failures": NEVER},
+        # Of those without a backward: it has state, and asks for three evaluations.
+        "represents": True,
+    },
+    "hizool": {
+        "options": HIZOO,
+        "steep": {"lr": 0.015},
+        "quiet": {"max_failures": NEVER},
+        "variant_of": "hizoo",
+    },
+    "zoadam": {
+        "options": {**ZEROTH, "lr": 0.05, "betas": (0.5, 0.9)},
+        "quiet": {"max_failures": NEVER},
+    },
+    "zomomentum": {
+        "options": {**ZEROTH, "lr": 0.1, "momentum": 0.5},
+        "steep": {"lr": 0.005},
+        "quiet": {"max_failures": NEVER},
+        "variant_of": "mezo",
+    },
+    "zosignsgd": {
+        "options": {**ZEROTH, "lr": 0.05},
+        "quiet": {"max_failures": NEVER},
+        "variant_of": "mezo",
+    },
+    "zoconservative": {
+        "options": {"lr": 0.1},
+        "steep": {"lr": 0.02},
+        "quiet": {"max_failures": NEVER},
+        "variant_of": "mezo",
+    },
+    "forwardgradient": {
+        "options": ZEROTH,
+        "steep": {"lr": 0.01},
+        "quiet": {"max_failures": NEVER},
+        "variant_of": "mezo",
+    },
 }
 
 CONTRACTS = [Contract(info, **SPECIAL.get(info.name, {})) for info in list_optimizers()]
 
 
-every_optimizer = pytest.mark.parametrize(
-    "contract", CONTRACTS, ids=[contract.info.name for contract in CONTRACTS]
-)
+def _with_each(contracts: list[Contract]) -> pytest.MarkDecorator:
+    names = [contract.info.name for contract in contracts]
+    return pytest.mark.parametrize("contract", contracts, ids=names)
+
+
+every_optimizer = _with_each(CONTRACTS)
+# The core of those that run no backward.
+every_forward_only = _with_each([c for c in CONTRACTS if c.forward_only])
 
 
 def state_tensors(optimizer: CurvatureOptimizer) -> dict[str, Tensor]:
