@@ -154,8 +154,7 @@ class PromptModel(nn.Module):
         Args:
             words: Word numbers ``[N, words]`` with one mask per sentence.
         """
-        states = self.hidden(words)[words == _MASK]
-        return (states @ self.words(self.answers).T).float()
+        return (self.hidden(words)[words == _MASK] @ self.words(self.answers).T).float()
 
     def word_logits(self, words: Tensor, masked: Tensor) -> Tensor:
         """Return the logits of all words at some places.
@@ -176,7 +175,9 @@ class _Block(nn.Module):
         self.attention_norm, self.feed_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.query_key_value = nn.Linear(width, 3 * width)
         self.out = nn.Linear(width, width)
-        self.feed = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width)
+        )
 
     @override
     def forward(self, states: Tensor, visible: Tensor) -> Tensor:
@@ -190,8 +191,7 @@ class _Block(nn.Module):
         query, key, value = split.permute(2, 0, 3, 1, 4)
         mixed = functional.scaled_dot_product_attention(query, key, value, attn_mask=visible)
         states = states + self.out(mixed.transpose(1, 2).flatten(2))
-        states = states + self.feed(self.feed_norm(states))
-        return states
+        return states + self.feed(self.feed_norm(states))
 
 
 def load(folder: Path) -> Sst2:

@@ -14,85 +14,68 @@ Runs are written to a folder, and those that are there already are not repeated.
 """
 
 import argparse
-import csv
 import math
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
-from report import Measurement, add_common_arguments, append_csv, markdown_table
+from report import add_common_arguments, append_csv
 from sst2 import FINE_TUNING, PRETRAINING, PromptModel, Sentences, Sst2, evaluate, load, pretrain
+from sst2_report import (
+    TUNING_SEED,
+    Method,
+    Point,
+    Run,
+    append_run,
+    best_rates,
+    comparison,
+    draw,
+    read_runs,
+)
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.optim import Optimizer
 
-from lightning_curvature.optim.base import CurvatureOptimizer
-from lightning_curvature.optim.hizoo import HiZOO
-from lightning_curvature.optim.mezo import MeZO
+from lightning_curvature import HiZOO, MeZO
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
 __all__ = ["METHODS", "Method", "Run", "main", "train"]
 
-_TUNING_SEED = 0
 _BACKWARD_PASSES = 3
 _PRETRAINING_LR = 3e-3
 # Batches that tell which weights matter.
 _SEARCH_BATCHES = 50
 
 
-class Method(NamedTuple):
-    """A way to fine-tune, and the learning rates to choose from; one needs no choice."""
-
-    make: Callable[..., Optimizer]
-    passes: int
-    rates: tuple[float, ...]
-    color: str
-    share: float = 1.0
-    dtype: torch.dtype = torch.float32
+def _adamw(params: list[nn.Parameter], lr: float, seed: int) -> Optimizer:
+    return torch.optim.AdamW(params, lr=lr)
 
 
-_RIVAL = "AdamW"
 METHODS = {
-    _RIVAL: Method(torch.optim.AdamW, _BACKWARD_PASSES, (1e-4, 3e-4, 1e-3), "tab:orange"),
+    "AdamW": Method(_adamw, _BACKWARD_PASSES, (1e-4, 3e-4, 1e-3), "tab:orange"),
     "MeZO": Method(MeZO, 2, (1e-4, 3e-4, 1e-3), "tab:blue"),
     "HiZOO": Method(HiZOO, 3, (1e-4, 3e-4, 1e-3), "tab:cyan"),
     "MeZO, 1 % of the weights": Method(MeZO, 2, (3e-4, 1e-3, 3e-3), "tab:green", 0.01),
     "MeZO, 0.1 % of the weights": Method(MeZO, 2, (1e-3, 3e-3, 1e-2), "tab:red", 0.001),
     **{
         f"MeZO, bfloat16, {how}": Method(
-            partial(MeZO, half_precision=how), 2, (3e-4,), color, dtype=torch.bfloat16
+            partial(MeZO, half_precision=how), 2, (1e-3,), color, dtype=torch.bfloat16
         )
         for how, color in (("master", "tab:purple"), ("stochastic", "tab:pink"), ("nearest", "0.4"))
     },
 }
 
 
-class Point(NamedTuple):
-    """What a run had reached after some forward passes."""
-
-    passes: int
-    seconds: float
-    loss: float
-    dev_loss: float
-    dev_accuracy: float
-    test_accuracy: float
-
-
-class Run(NamedTuple):
-    """A run and its curve."""
-
-    method: str
-    lr: float
-    seed: int
-    points: list[Point]
-
-
 def train(
-    name: str, lr: float, seed: int, weights: dict[str, Tensor], data: Sst2, args: argparse.Namespace
+    name: str,
+    lr: float,
+    seed: int,
+    weights: dict[str, Tensor],
+    data: Sst2,
+    args: argparse.Namespace,
 ) -> Run:
     """Fine-tune pretrained weights.
 
@@ -138,25 +121,23 @@ def _stepper(
     method: Method, model: PromptModel, lr: float, seed: int, masks: dict[nn.Parameter, Tensor]
 ) -> Callable[[Sentences], float]:
     """Return what takes one step on a batch and returns the loss."""
-    params = list(masks) or list(model.parameters())
-    if not issubclass(getattr(method.make, "func", method.make), CurvatureOptimizer):  # type: ignore[arg-type]
-        optimizer = method.make(params, lr=lr)
+    optimizer = method.make(list(masks) or list(model.parameters()), lr=lr, seed=seed)
+    if isinstance(optimizer, ZerothOrderOptimizer):
+        for p, positions in masks.items():
+            optimizer.set_mask(p, positions)
+        criterion = optimizer.attach_model(model, functional.cross_entropy)
+        return lambda batch: float(
+            optimizer.step(lambda: criterion(model(batch.words), batch.labels))
+        )
 
-        def by_backward(batch: Sentences) -> float:
-            optimizer.zero_grad()
-            loss = functional.cross_entropy(model(batch.words), batch.labels)
-            loss.backward()
-            optimizer.step()
-            return loss.item()
+    def by_backward(batch: Sentences) -> float:
+        optimizer.zero_grad()
+        loss = functional.cross_entropy(model(batch.words), batch.labels)
+        loss.backward()
+        optimizer.step()
+        return loss.item()
 
-        return by_backward
-
-    zeroth = method.make(params, lr=lr, seed=seed)
-    assert isinstance(zeroth, ZerothOrderOptimizer)
-    for p, positions in masks.items():
-        zeroth.set_mask(p, positions)
-    criterion = zeroth.attach_model(model, functional.cross_entropy)
-    return lambda batch: float(zeroth.step(lambda: criterion(model(batch.words), batch.labels)))
+    return by_backward
 
 
 def _sensitive(
@@ -188,9 +169,9 @@ def _point(
 def _pretrained(data: Sst2, args: argparse.Namespace) -> tuple[dict[str, Tensor], Sst2]:
     """Return the pretrained weights, and the data that is left with the new prompt."""
     order = torch.randperm(
-        len(data.train.labels), generator=torch.Generator().manual_seed(_TUNING_SEED)
+        len(data.train.labels), generator=torch.Generator().manual_seed(TUNING_SEED)
     )
-    torch.manual_seed(_TUNING_SEED)
+    torch.manual_seed(TUNING_SEED)
     model = PromptModel(data.vocabulary)
     path = args.runs / "pretrained.pt"
     if not path.exists():
@@ -204,7 +185,7 @@ def _pretrained(data: Sst2, args: argparse.Namespace) -> tuple[dict[str, Tensor]
             steps=args.pretraining_steps,
             lr=_PRETRAINING_LR,
             batch=args.batch,
-            seed=_TUNING_SEED,
+            seed=TUNING_SEED,
         )
         path.parent.mkdir(parents=True, exist_ok=True)
         torch.save(model.state_dict(), path)
@@ -214,48 +195,15 @@ def _pretrained(data: Sst2, args: argparse.Namespace) -> tuple[dict[str, Tensor]
     return torch.load(path), asked._replace(train=rest)
 
 
-def _read(path: Path) -> list[Run]:
-    if not path.exists():
-        return []
-    runs: dict[tuple[str, float, int], Run] = {}
-    with path.open(newline="", encoding="utf-8") as file:
-        for name, lr, seed, passes, *numbers in list(csv.reader(file))[1:]:
-            key = (name, float(lr), int(seed))
-            run = runs.setdefault(key, Run(*key, []))
-            run.points.append(Point(int(passes), *(float(value) for value in numbers)))
-    return list(runs.values())
-
-
-def _append(path: Path, run: Run) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    new = not path.exists()
-    with path.open("a", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        if new:
-            writer.writerow(["method", "lr", "seed", *Point._fields])
-        writer.writerows([run.method, run.lr, run.seed, *point] for point in run.points)
-
-
-def _best_rates(runs: Iterable[Run]) -> dict[str, float]:
-    """Return for each method the learning rate with the smallest loss on the tuning seed."""
-    best: dict[str, tuple[float, float]] = {}
-    for run in runs:
-        loss = run.points[-1].dev_loss
-        if run.seed == _TUNING_SEED:
-            key = (loss if math.isfinite(loss) else math.inf, run.lr)
-            best[run.method] = min(best.get(run.method, key), key)
-    return {name: lr for name, (_, lr) in best.items()}
-
-
 def _run_all(args: argparse.Namespace, path: Path) -> None:
     weights, data = _pretrained(load(args.data), args)
-    done = {run[:3] for run in _read(path)}
+    done = {run[:3] for run in read_runs(path)}
 
     def one(name: str, lr: float, seed: int) -> None:
         if (name, lr, seed) in done:
             return
         run = train(name, lr, seed, weights, data, args)
-        _append(path, run)
+        append_run(path, run)
         last = run.points[-1]
         print(
             f"{name}, lr {lr:g}, seed {seed}: dev loss {last.dev_loss:.3f}, accuracy "
@@ -264,90 +212,12 @@ def _run_all(args: argparse.Namespace, path: Path) -> None:
         )
 
     for name in args.methods:
-        for lr in METHODS[name].rates:
-            one(name, lr, _TUNING_SEED)
-    best = _best_rates(_read(path))
+        for lr in METHODS[name].rates if len(METHODS[name].rates) > 1 else ():
+            one(name, lr, TUNING_SEED)
+    best = best_rates(read_runs(path), METHODS)
     for seed in args.seeds:
         for name in args.methods:
             one(name, best[name], seed)
-
-
-# Report
-
-
-def _report(runs: list[Run], args: argparse.Namespace) -> tuple[str, list[Measurement]]:
-    best = _best_rates(runs)
-    tuning, rows, measurements, tests = [], [], [], {}
-    for name, lr in best.items():
-        tried = sorted((run.lr, run) for run in runs if run[0] == name and run.seed == _TUNING_SEED)
-        losses = [f"{rate:g}: {run.points[-1].dev_loss:.3f}" for rate, run in tried]
-        tuning.append([name, ", ".join(losses)])
-        counted = [run.points for run in runs if run[:2] == (name, lr) and run.seed in args.seeds]
-        if not counted:
-            continue
-        early, late = (
-            [
-                min(points, key=lambda point: abs(point.passes - share * args.passes)).dev_accuracy
-                for points in counted
-            ]
-            for share in (1 / 6, 1)
-        )
-        test = [points[-1].test_accuracy for points in counted]
-        seconds = statistics.fmean(points[-1].seconds for points in counted)
-        tests[name] = statistics.fmean(test)
-        rows.append(
-            [f"{name}, lr {lr:g}", _spread(early), _spread(late), _spread(test), f"{seconds:.1f}"]
-        )
-        for metric, value in (("test accuracy", tests[name]), ("seconds", seconds)):
-            ratio = tests[name] / tests.get(_RIVAL, math.nan) if metric != "seconds" else math.nan
-            task = f"{args.passes} forward passes"
-            title = rows[-1][0]
-            measurements.append(
-                Measurement("sst2_zeroth_order", task, title, metric, value, _RIVAL, ratio)
-            )
-    header = ["", f"dev after {args.passes // 6} passes", f"after {args.passes}", "test", "seconds"]
-    text = markdown_table(["dev loss of the tuning seed by learning rate", ""], tuning)
-    return f"{text}\n\n{markdown_table(header, rows)}", measurements
-
-
-def _spread(values: Sequence[float]) -> str:
-    deviation = statistics.stdev(values) if len(values) > 1 else math.nan
-    return f"{100 * statistics.fmean(values):.1f} ± {100 * deviation:.1f} %"
-
-
-def _draw(runs: list[Run], args: argparse.Namespace) -> None:
-    """Draw accuracy over passes and over time, and bfloat16 beside float32; means of seeds."""
-    from matplotlib.figure import Figure
-
-    best = _best_rates(runs)
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    panels = figure.subplots(1, 3, sharey=True)
-    for name, lr in best.items():
-        counted = [run.points for run in runs if run[:2] == (name, lr) and run.seed in args.seeds]
-        if not counted:
-            continue
-        half = METHODS[name].dtype != torch.float32
-        together = list(zip(*counted, strict=False))
-        mean = [statistics.fmean(100 * point.dev_accuracy for point in at) for at in together]
-        passes = [at[0].passes for at in together]
-        seconds = [statistics.fmean(point.seconds for point in at) for at in together]
-        for axes, x, wanted in (
-            (panels[0], passes, not half),
-            (panels[1], seconds, not half),
-            (panels[2], passes, half or name == "MeZO"),
-        ):
-            if wanted:
-                axes.plot(x, mean, color=METHODS[name].color, label=f"{name}, lr {lr:g}")
-    labels = ("forward passes", "time on the processor [s]", "forward passes")
-    for axes, label in zip(panels, labels, strict=True):
-        axes.set_xlabel(label)
-        axes.grid(alpha=0.3)
-    panels[0].set_ylabel("accuracy on dev [%]")
-    panels[0].legend(fontsize="x-small", loc="lower right")
-    panels[2].legend(fontsize="x-small", loc="lower right")
-    figure.suptitle("SST-2, a new prompt for a pretrained model (a step with backward: 3 passes)")
-    args.png.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(args.png, dpi=150)
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -359,7 +229,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="holds SST-2")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
-    parser.add_argument("--passes", type=int, default=1800, help="forward passes of each run")
+    parser.add_argument("--passes", type=int, default=1200, help="forward passes of each run")
     parser.add_argument("--batch", type=int, default=64, help="sentences per batch")
     parser.add_argument("--points", type=int, default=12, help="points on each curve")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2])
@@ -380,10 +250,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         _run_all(args, path)
     except FileNotFoundError as error:
         parser.error(str(error))
-    runs = _read(path)
-    table, measurements = _report(runs, args)
+    runs = read_runs(path)
+    table, measurements = comparison(runs, METHODS, args.passes, args.seeds)
     print(f"\n### SST-2, {args.passes} forward passes, batch {args.batch}\n\n{table}")
-    _draw(runs, args)
+    draw(runs, METHODS, args.seeds, args.png)
     print(f"\nCurves: {args.png}")
     append_csv(args.csv, measurements)
 

@@ -16,6 +16,7 @@ import pytest
 import yaml
 
 from lightning_curvature.cli import CurvatureCLI
+from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 FRAGMENTS = sorted(
@@ -27,19 +28,14 @@ RECIPES = sorted(str(path.relative_to(CONFIGS)) for path in CONFIGS.glob("recipe
 DIGITS = "recipes/digits_adamqlr.yaml"
 DIGITS_DDP = "recipes/digits_adamqlr_ddp.yaml"
 DIGITS_KFAC = "recipes/digits_kfac.yaml"
+DIGITS_MEZO = "recipes/digits_mezo.yaml"
 CHAR_LM = "recipes/char_lm_sophiag.yaml"
 
-TARGET_ACCURACY = {DIGITS: 0.96, DIGITS_DDP: 0.96, DIGITS_KFAC: 0.98}
-COLUMNS = {
-    "curvature/loss",
-    "curvature/lr",
-    "curvature/damping",
-    "curvature/reduction_ratio",
-    "train_loss",
-    "val_loss",
-    "val_acc",
-    "test_acc",
-}
+TARGET_ACCURACY = {DIGITS: 0.96, DIGITS_DDP: 0.96, DIGITS_KFAC: 0.98, DIGITS_MEZO: 0.93}
+# Of the last training loss to the first. Without training MeZO's accuracy is 0.46.
+LARGEST_LOSS_RATIO = {DIGITS: 0.1, DIGITS_DDP: 0.1, DIGITS_KFAC: 0.1, DIGITS_MEZO: 0.5}
+COLUMNS = {"curvature/loss", "curvature/lr", "train_loss", "val_loss", "val_acc", "test_acc"}
+DAMPED = {"curvature/damping", "curvature/reduction_ratio"}
 
 BASE = """
 seed_everything: 1
@@ -98,7 +94,7 @@ def load(name: str) -> dict[str, Any]:
 def test_every_kind_is_there() -> None:
     kinds = {Path(name).parent.name for name in FRAGMENTS}
     assert kinds == {"callbacks", "optimizer", "strategy"}
-    assert {DIGITS, DIGITS_DDP, DIGITS_KFAC, CHAR_LM} <= set(RECIPES)
+    assert {DIGITS, DIGITS_DDP, DIGITS_KFAC, DIGITS_MEZO, CHAR_LM} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
@@ -107,7 +103,8 @@ def test_fragment_trains_two_batches(name: str, base: Path, fit: Callable[..., A
     assert cli.trainer.global_step == 2
     (optimizer,) = cli.trainer.optimizers
     assert all(math.isfinite(float(value)) for value in optimizer.stats.values())
-    assert float(optimizer.stats["grad_norm"]) > 0
+    moved = "projected_grad" if isinstance(optimizer, ZerothOrderOptimizer) else "grad_norm"
+    assert float(optimizer.stats[moved]) != 0
     content = load(name)
     for key, value in content.get("optimizer", {}).get("init_args", {}).items():
         if key not in ("damping", "betas"):  # the damping has adapted
@@ -172,7 +169,7 @@ def test_two_processes_take_the_steps_of_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [DIGITS, DIGITS_KFAC, pytest.param(DIGITS_DDP, marks=pytest.mark.ddp)]
+    "name", [DIGITS, DIGITS_KFAC, DIGITS_MEZO, pytest.param(DIGITS_DDP, marks=pytest.mark.ddp)]
 )
 def test_digits_recipe_reaches_its_accuracy(
     name: str, run_python: Callable[..., Any], tmp_path: Path
@@ -181,7 +178,7 @@ def test_digits_recipe_reaches_its_accuracy(
         ["-m", "lightning_curvature", "fit", "-c", CONFIGS / name], env={"COLUMNS": "120"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert not re.search("Warning: (AdamQLR|KFAC)", process.stderr)
+    assert not re.search("Warning: (AdamQLR|KFAC|MeZO)", process.stderr)
     # Of two processes the first alone prints and writes.
     (accuracy,) = re.findall(r"test_acc\D+([0-9.]+)", process.stdout)
     assert float(accuracy) >= TARGET_ACCURACY[name]
@@ -189,10 +186,11 @@ def test_digits_recipe_reaches_its_accuracy(
     (table,) = tmp_path.rglob("metrics.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) >= COLUMNS
+    assert set(rows[0]) >= (COLUMNS if name == DIGITS_MEZO else COLUMNS | DAMPED)
     losses = [float(row["curvature/loss"]) for row in rows if row["curvature/loss"]]
-    assert len(losses) == 10 * load(name)["trainer"]["max_epochs"]
-    assert losses[-1] < 0.1 * losses[0]
+    per_epoch = 20 if name == DIGITS_MEZO else 10
+    assert len(losses) == per_epoch * load(name)["trainer"]["max_epochs"]
+    assert losses[-1] < LARGEST_LOSS_RATIO[name] * losses[0]
     (picture,) = tmp_path.rglob("curvature.png")
     assert picture.parent == table.parent
     assert list(tmp_path.rglob("events.out.tfevents.*"))

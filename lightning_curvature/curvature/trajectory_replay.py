@@ -73,7 +73,6 @@ def replay_trajectory(
     real.stream_indices = trajectory.header["streams"]
     real.noise_source = _source(real, trajectory, other_device=other_device)
     wanted = [p.requires_grad for p in real._all_params()]
-    # Of runs in mid-replay the count of failures goes on.
     stop = len(trajectory) if steps is None else start + steps
     try:
         for number, step in enumerate(trajectory.steps(start, stop), start=start):

@@ -17,8 +17,9 @@ from lightning_curvature.demos.digits import DigitsDataModule
 __all__ = ["BlackBoxClassifier", "TurnedDigitsDataModule"]
 
 _NUM_CLASSES = 10
-# A probability that the classifier rounds to zero costs no more than this one.
-_LEAST_PROBABILITY = 1e-3
+_NEIGHBORS = 25
+# An image without a neighbor of its class costs no more than this.
+_LEAST_PROBABILITY = 1e-2
 
 
 class TurnedDigitsDataModule(DigitsDataModule):
@@ -50,10 +51,10 @@ class TurnedDigitsDataModule(DigitsDataModule):
 class BlackBoxClassifier(LightningModule):
     """A classifier that cannot be differentiated, behind an affine view that is learned.
 
-    A support vector machine of scikit-learn is fitted to the upright training images of the data
-    module, in a fraction of a second. The module trains only the six numbers that say how images
-    are looked at before they reach it. Nothing leads from the loss back to them but its values, so
-    this trains with `MeZO` and its kin, and with no optimizer that needs a gradient.
+    The classifier is scikit-learn's: the nearest of the upright training images vote. The module
+    trains only the six numbers that say how images are looked at before they reach it. Nothing
+    leads from the loss back to them but its values, so this trains with `MeZO` and its kin, and
+    with no optimizer that needs a gradient.
 
     A stock LightningModule that knows nothing of curvature. It has no ``configure_optimizers``: the
     command line gives it an optimizer. Its data module is a `DigitsDataModule`.
@@ -68,17 +69,15 @@ class BlackBoxClassifier(LightningModule):
 
     @override
     def setup(self, stage: str) -> None:
-        """Fit the classifier once."""
+        """Show the classifier its examples, once."""
         if self._classifier is not None:
             return
-        from sklearn.calibration import CalibratedClassifierCV
-        from sklearn.svm import SVC
+        from sklearn.neighbors import KNeighborsClassifier
 
         # Its data loaders give upright images: the Trainer's hooks turn them.
         loader = self.trainer.datamodule.train_dataloader()  # type: ignore[attr-defined]
         images, labels = zip(*loader.dataset, strict=True)
-        # Probabilities that are calibrated, once, in place of mere classes.
-        self._classifier = CalibratedClassifierCV(SVC(), ensemble=False)
+        self._classifier = KNeighborsClassifier(_NEIGHBORS, weights="distance")
         self._classifier.fit(torch.stack(images).flatten(1).numpy(), torch.stack(labels).numpy())
 
     @override

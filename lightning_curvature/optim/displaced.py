@@ -56,7 +56,9 @@ class DisplacedOptimizer(CurvatureOptimizer):
     @property
     def shared(self) -> tuple[str, ...]:
         """Names of the hyper-parameters that are one value for all groups."""
-        return tuple(name for name in self.defaults if name not in self.own_per_group)
+        # torch adds "differentiable" to the defaults, but not to all groups.
+        own = (*self.own_per_group, "differentiable")
+        return tuple(name for name in self.defaults if name not in own)
 
     def _check_group(self, group: dict[str, Any]) -> None:
         check_zeroth_order(group)
@@ -103,6 +105,11 @@ class DisplacedOptimizer(CurvatureOptimizer):
         """The random directions of the parameters that are trained at present."""
         return self._moving().directions
 
+    def _present(self) -> Displacement:
+        """Return what displaces the parameters in the present step, without looking again."""
+        assert self._displacement is not None
+        return self._displacement
+
     def _moving(self) -> Displacement:
         """Return what displaces the parameters that are trained at present."""
         params = [p for p in self._trained() if not self._is_left_out(p)]
@@ -142,7 +149,10 @@ class DisplacedOptimizer(CurvatureOptimizer):
         return self._indices[id(p)]
 
     def set_mask(self, p: Tensor, mask: Tensor | None) -> None:
-        """Train only some entries of a parameter; state it had is forgotten.
+        """Train only some entries of a parameter.
+
+        State of the parameter is forgotten, except where one mask takes the place of another: then
+        entries in both keep theirs, and new ones begin with the mean of it.
 
         Args:
             p: A parameter of this optimizer.
@@ -159,21 +169,51 @@ class DisplacedOptimizer(CurvatureOptimizer):
             return
         if all(p is not own for own in self._all_params()):
             raise ValueError("The parameter to mask is not one of this optimizer.")
-        self.state.pop(p, None)
+        before = self.state.pop(p, {})
         if mask is None:
             return
-        sound = mask.dtype == torch.int64 and mask.ndim == 1
-        if not sound or bool(((mask < 0) | (mask >= p.numel())).any()):
+        if not _is_mask(mask, p):
             raise ValueError(
                 f"Invalid mask of shape {list(mask.shape)} and dtype {mask.dtype}: must be int64 "
                 f"positions of shape [k] in [0, {p.numel()})."
             )
-        self.state[p]["mask"] = mask.to(p.device).sort().values
+        new = mask.to(p.device).sort().values
+        self.state[p] = {**_carried(before, p, new), "mask": new}
 
     def _is_left_out(self, p: Tensor) -> bool:
         """Tell whether a mask leaves no entry of a parameter to train."""
         mask = self.state.get(p, {}).get("mask")
         return mask is not None and mask.numel() == 0
+
+    def _check_state(self, saved: Any) -> None:
+        super()._check_state(saved)
+        ids = [index for group in saved["param_groups"] for index in group["params"]]
+        for index, p in zip(ids, self._all_params(), strict=False):
+            state = saved["state"].get(index, {})
+            mask = state.get("mask")
+            where = f"Cannot load the state into {type(self).__name__}:"
+            if mask is not None and not _is_mask(mask, p):
+                raise ValueError(
+                    f"{where} 'mask' of parameter {index} must be positions in {p.numel()} entries."
+                )
+            for name, shape in self._occasional_state(p, mask).items():
+                value = state.get(name)
+                found = list(value.shape) if isinstance(value, Tensor) else type(value).__name__
+                if name in state and found != list(shape):
+                    raise ValueError(
+                        f"{where} '{name}' of parameter {index} must be of shape {list(shape)}, "
+                        f"got {found}."
+                    )
+
+    def _occasional_state(self, p: Tensor, mask: Tensor | None) -> dict[str, torch.Size]:
+        """Return the shapes of the state that a parameter has under some settings.
+
+        Args:
+            p: The parameter.
+            mask: Its mask, if it has one.
+        """
+        whole = p.shape if mask is None else mask.shape
+        return {"master": whole, "layer_scale": torch.Size()}
 
     # Displacement
 
@@ -209,7 +249,7 @@ class DisplacedOptimizer(CurvatureOptimizer):
                 continue
             generator = stream(
                 moving.directions.params[members[0]].device,
-                *("rounding", int(group["seed"]), self._steps_done),
+                *("rounding", int(self.param_groups[0]["seed"]), self._steps_done),
                 moving.directions.indices[members[0]],
             )
             self._advance([moving.directions.params[i] for i in members], on)
@@ -237,7 +277,7 @@ class DisplacedOptimizer(CurvatureOptimizer):
             on: See `_judge`.
         """
         estimate = self._estimate(pieces, answer)
-        if group["maximize"]:
+        if self.param_groups[0]["maximize"]:
             torch._foreach_neg_(estimate)
         self._rule(group, pieces[0], values, estimate, on)
 
@@ -265,11 +305,19 @@ class DisplacedOptimizer(CurvatureOptimizer):
             return slopes
         return torch.where(slopes.isfinite(), slopes.clamp(-limit, limit), slopes)
 
+    def _can_look(self, values: Tensor) -> bool:
+        """Tell whether reading numbers costs nothing.
+
+        Args:
+            values: The numbers.
+        """
+        return values.device.type == "cpu"
+
     def _numbers(self, values: Tensor) -> list[Any]:
         """Return numbers where reading them costs nothing, 0-dim tensors elsewhere."""
-        if values.device.type == "cpu":
+        if self._can_look(values):
             return list(values.tolist())
-        return list(values.to(scalar_dtype(self.directions.params)).unbind())
+        return list(values.to(scalar_dtype(self._present().directions.params)).unbind())
 
     @abstractmethod
     def _rule(
@@ -302,7 +350,8 @@ class DisplacedOptimizer(CurvatureOptimizer):
             grad.masked_fill_(~finite, 0.0)
             usable = on * finite.to(torch.float32)
             self._advance([p], usable)
-            self._rule(group, _Whole(p), [value], [-grad if group["maximize"] else grad], usable)
+            grad = -grad if self.param_groups[0]["maximize"] else grad
+            self._rule(group, _Whole(p), [value], [grad], usable)
             if half:
                 p.copy_(value)
 
@@ -319,7 +368,8 @@ class DisplacedOptimizer(CurvatureOptimizer):
     def _params_of(self, piece: Piece) -> list[Tensor]:
         if isinstance(piece, _Whole):
             return [piece.param]
-        return [self.directions.params[position] for position in piece.positions]
+        params = self._present().directions.params
+        return [params[position] for position in piece.positions]
 
     def _state_of(self, p: Tensor, name: str, start: float = 0.0) -> Tensor:
         state: dict[str, Tensor] = self.state[p]
@@ -344,6 +394,32 @@ class _Whole(Piece):
     def is_gradient(self) -> bool:
         """True."""
         return True
+
+
+def _carried(state: dict[str, Any], p: Tensor, new: Tensor) -> dict[str, Any]:
+    """Return the state of a parameter with a mask, for the entries of another mask."""
+    old = state.get("mask")
+    if old is None or not bool((stays := torch.isin(new, old)).any()):
+        return {}
+    source = torch.searchsorted(old, new[stays])
+    carried = {}
+    for name, value in state.items():
+        if not isinstance(value, Tensor) or value.ndim == 0:
+            carried[name] = value
+        elif name != "mask" and value.shape == old.shape:
+            kept = value[source]
+            # The average is no worse a start for a metric or a moment than the one it had.
+            fresh = p.detach().take(new) if name == "master" else kept.mean().expand(len(new))
+            carried[name] = fresh.to(kept.dtype).clone()
+            carried[name][stays] = kept
+    return carried
+
+
+def _is_mask(mask: Any, p: Tensor) -> bool:
+    """Tell whether something holds positions in a flattened parameter."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.is_meta:
+        return False
+    return mask.ndim == 1 and not bool(((mask < 0) | (mask >= p.numel())).any())
 
 
 @contextmanager

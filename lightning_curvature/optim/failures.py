@@ -10,7 +10,10 @@ from torch import Tensor
 __all__ = ["FailureCounter"]
 
 # What the error shows of each of the last steps, and of how many.
-_SHOWN = ("loss", "new_loss", "grad_norm", "slope", "curvature", "damping", "step_length")
+_SHOWN = (
+    *("loss", "new_loss", "grad_norm", "projected_grad", "slope", "curvature", "damping"),
+    "step_length",
+)
 _STEPS_SHOWN = 8
 
 

@@ -85,6 +85,7 @@ class ForwardGradient(ZerothOrderOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -117,7 +118,10 @@ class ForwardGradient(ZerothOrderOptimizer):
         return [loss, *[slope.to(loss) for slope in slopes]]
 
     def _read(self, averages: Tensor) -> tuple[Tensor, Tensor]:
-        return self._limited(averages[1:]).unsqueeze(1), averages[0]
+        loss = averages[0]
+        # A slope may be finite where the loss is not.
+        slopes = torch.where(loss.isfinite(), self._limited(averages[1:]), torch.nan)
+        return slopes.unsqueeze(1), loss
 
     def _rule(
         self,

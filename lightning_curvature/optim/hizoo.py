@@ -119,6 +119,7 @@ class HiZOO(ZerothOrderOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -225,14 +226,16 @@ class HiZOO(ZerothOrderOptimizer):
         for piece, bend in zip(pieces[1:], bends[1:], strict=True):
             squares = torch._foreach_mul(piece.noise, piece.noise)
             torch._foreach_add_(growth, torch._foreach_mul(squares, bend))
-        torch._foreach_add_(growth, 1 - smoothing * on)
+        rest = 1 - smoothing * on
+        # One tensor for all would be read as a number, which waits for the device.
+        torch._foreach_add_(growth, [rest] * len(growth) if isinstance(rest, Tensor) else rest)
         return list(growth)
 
     def _share(self) -> float:
         """Return what estimates of H are multiplied by."""
         if not self.param_groups[0]["normalized"]:
             return 1.0
-        return 2.0 / (self._moving().dimension + 2)
+        return 2.0 / (self._present().dimension + 2)
 
     def _estimate(self, pieces: Sequence[Piece], answer: Tensor) -> list[Tensor]:
         """Return slope times direction, in the new metric."""

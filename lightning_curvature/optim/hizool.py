@@ -8,7 +8,7 @@ are matrices of their first axis and the rest.
 
 from collections.abc import Sequence
 from contextlib import closing
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch import Tensor
 from lightning_curvature.curvature.perturbation import Piece
 from lightning_curvature.optim.displacement import Displacement
 from lightning_curvature.optim.hizoo import HiZOO
+from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.optim.zeroth_passes import Passes
 
 __all__ = ["HiZOOL"]
@@ -37,7 +38,38 @@ class HiZOOL(HiZOO):
     Cost per step: three forward passes, and four draws of a direction.
     Memory: a row and a column per matrix, in float32.
 
-    See `HiZOO` for the arguments.
+    Args:
+        params: Parameters to optimize, or parameter groups. Groups with ``first_order=True`` get
+            true gradients by a backward, see `MeZO`.
+        lr: Learning rate, >= 0. Groups may differ in it and in ``weight_decay``.
+        hessian_smoothing: Weight alpha of a new estimate in H, in [0, 1); 0 is MeZO. Below 1e-8 H
+            cannot move in float32.
+        perturbation_scale: Length epsilon of a displacement, per coordinate in the metric; > 0. The
+            second difference needs a larger one than the slope.
+        num_samples: Directions per step, >= 1, whose estimates are averaged.
+        weight_decay: Weight decay, >= 0.
+        normalized: Whether estimates of H are multiplied by 2 / (d + 2), so that H tends to the
+            diagonal itself. With it, ``hessian_smoothing`` must be large enough to forget 1.
+        hess_clip: Least and largest value of H; None for no limits.
+        distribution: Of the directions: "normal"; "rademacher", random signs, which tell nothing
+            about single coordinates; "sphere", normal numbers scaled to the norm that they have on
+            average.
+        restore: How parameters come back: "fused", "inplace" or "snapshot", see `MeZO`.
+        half_precision: How updates of bfloat16 and float16 parameters are kept: "stochastic" rounds
+            them at random; "master" keeps float32 copies; "nearest" loses most of them.
+        model_mode: "train" leaves dropout on, with the same masks in all passes of a step; "eval"
+            evaluates in eval mode.
+        blockwise: Whether parameter groups are perturbed one after the other: "none", "coordinate"
+            or "joint", see `MeZO`.
+        max_projected_grad: Largest absolute value of a slope, > 0; None for no limit.
+        seed: Seed of the directions, >= 0. All ranks must have the same.
+        max_failures: Losses in a row that are not finite after which training stops with an error.
+        foreach: False to work on one tensor at a time; otherwise small ones are worked on together.
+        maximize: Whether to climb.
+
+    Raises:
+        ValueError: If an argument is out of range.
+        TypeError: If an argument has the wrong type.
 
     Examples:
         >>> import torch
@@ -56,7 +88,29 @@ class HiZOOL(HiZOO):
     state_names: ClassVar[tuple[str, ...]] = ()
 
     def _is_factored(self, p: Tensor) -> bool:
-        return p.ndim >= _MATRIX_AXES and "mask" not in self.state[p]
+        return p.ndim >= _MATRIX_AXES and p.numel() > 0 and "mask" not in self.state[p]
+
+    def _check_state(self, saved: Any) -> None:
+        super()._check_state(saved)
+        if saved[STATE_KEY]["steps_done"] > 0 and not saved["state"]:
+            raise ValueError(
+                f"Cannot load the state into {type(self).__name__}: it has taken steps, but "
+                "'state' is empty."
+            )
+        for index, state in saved["state"].items():
+            if ("hess_rows" in state) != ("hess_cols" in state):
+                raise ValueError(
+                    f"Cannot load the state into {type(self).__name__}: parameter {index} has one "
+                    "of 'hess_rows' and 'hess_cols' without the other."
+                )
+
+    def _occasional_state(self, p: Tensor, mask: Tensor | None) -> dict[str, torch.Size]:
+        shapes = super()._occasional_state(p, mask)
+        shapes["hess_diag"] = shapes["master"]
+        if p.ndim >= _MATRIX_AXES and p.numel() > 0 and mask is None:
+            shapes["hess_rows"] = p.shape[:1]
+            shapes["hess_cols"] = torch.Size([p.numel() // p.shape[0]])
+        return shapes
 
     def _prepare(self, passes: Passes) -> None:
         for p in self.directions.params:
@@ -73,9 +127,8 @@ class HiZOOL(HiZOO):
         for i, p in enumerate(self._params_of(piece)):
             state = self.state[p]
             if self._is_factored(p):
-                rows, columns = _cells(piece, p)
-                r, c = state["hess_rows"], state["hess_cols"]
-                cells = (r / r.mean())[rows] * c[columns]
+                rows, columns = state["hess_rows"], state["hess_cols"]
+                cells = _outer(piece, rows / rows.mean(), columns)
                 found.append(cells.view(piece.noise[i].shape))
             else:
                 found.append(piece.of([state["hess_diag"]])[0])
@@ -122,29 +175,46 @@ class HiZOOL(HiZOO):
                     torch.zeros_like(state["hess_rows"]),
                     torch.zeros_like(state["hess_cols"]),
                 )
-            rows, columns = _cells(pieces[0], p)
-            new = (hess * factor).view(-1)
-            by_row, by_column = sums[p]
-            by_row.index_add_(0, rows.expand(new.shape), new)
-            by_column.index_add_(0, columns.expand(new.shape), new)
+            _add_sums(pieces[0], hess.mul_(factor), *sums[p])
 
     def _learn(self, pieces: Sequence[Piece], answer: Tensor, on: float | Tensor) -> None:
         """Nothing: all has been learnt before."""
 
 
-def _cells(piece: Piece, p: Tensor) -> tuple[Tensor, Tensor]:
-    """Return row and column of every entry of a piece of a parameter, flattened.
+def _outer(piece: Piece, rows: Tensor, columns: Tensor) -> Tensor:
+    """Return the products of a row and a column factor in a piece of a matrix.
 
     Args:
         piece: The piece.
-        p: One of its parameters.
+        rows: One factor per row of the whole matrix.
+        columns: One per column.
     """
-    width = p.numel() // max(p.shape[0], 1)
-    if piece.part is None:
-        first, last = 0, p.numel()
+    if piece.as_vector and piece.part is not None:
+        cells = _cells(piece, len(rows) * len(columns), rows.device)
+        return rows[cells // len(columns)] * columns[cells % len(columns)]
+    return rows[piece.part or slice(None)].unsqueeze(1) * columns
+
+
+def _add_sums(piece: Piece, values: Tensor, rows: Tensor, columns: Tensor) -> None:
+    """Add the sums of values in a piece of a matrix over its columns and over its rows.
+
+    Args:
+        piece: The piece.
+        values: The values there.
+        rows: Sums over columns, changed in place.
+        columns: Sums over rows, changed in place.
+    """
+    if piece.as_vector and piece.part is not None:
+        cells = _cells(piece, len(rows) * len(columns), rows.device)
+        rows.index_add_(0, cells // len(columns), values.view(-1))
+        columns.index_add_(0, cells % len(columns), values.view(-1))
     else:
-        unit = 1 if piece.as_vector else width
-        first = int(piece.part.start) * unit
-        last = min(int(piece.part.stop) * unit, p.numel())
-    cells = torch.arange(first, last, device=p.device)
-    return cells // width, cells % width
+        matrix = values.view(-1, len(columns))
+        rows[piece.part or slice(None)] += matrix.sum(1)
+        columns += matrix.sum(0)
+
+
+def _cells(piece: Piece, size: int, device: torch.device) -> Tensor:
+    """Return the positions in the flattened matrix of a piece that ends within a row."""
+    assert piece.part is not None
+    return torch.arange(piece.part.start, min(piece.part.stop, size), device=device)

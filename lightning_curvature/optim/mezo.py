@@ -109,6 +109,7 @@ class MeZO(ZerothGradientOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:

@@ -24,14 +24,18 @@ from torch import Tensor, nn
 from lightning_curvature.optim.displaced import DisplacedOptimizer
 from lightning_curvature.optim.displacement import Point
 from lightning_curvature.optim.failures import FailureCounter
+from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.optim.zeroth_passes import LivePasses, Passes, RecordedPasses
 from lightning_curvature.optim.zeroth_storage import is_half
 from lightning_curvature.oracle.full_precision import FullPrecisionLosses
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.vectors import scalar_dtype
 
-__all__ = ["ZerothOrderOptimizer"]
+__all__ = ["LARGEST_SLOPE", "ZerothOrderOptimizer"]
 
 _COUNTS = ("failures", "skipped_steps")
+# What is larger counts as not finite: float32 could not square it.
+LARGEST_SLOPE = 1e18
 
 
 class ZerothOrderOptimizer(DisplacedOptimizer):
@@ -164,14 +168,20 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
             if oracle.ready:
                 oracle.select(self._trained())
                 self._take(LivePasses(oracle, self.on_answer))
-                return self.stats["loss"] if isinstance(result, Tensor) else result
-            if closure is None and oracle.missing() is not None:
+                return self._shown(result)
+            if _is_empty(closure) and oracle.missing() is not None:
                 raise MissingCapabilityError(f"{type(self).__name__} {oracle.missing()}")
         finally:
             self._home()
             self._stepping = False
             self._main_is_new = False
         return result
+
+    def _shown(self, result: Any) -> Any:
+        """Return the step's loss in the place of the one that a closure returned, if it did."""
+        if isinstance(result, Tensor):
+            return self.stats["loss"]
+        return self.stats["loss"].item() if isinstance(result, (int, float)) else result
 
     @property
     def stream_indices(self) -> list[int]:
@@ -233,7 +243,8 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
         for together in [[block] for block in blocks] if coordinate else [blocks]:
             answer, found = self._measure(passes, together)
             loss = found if loss is None else loss
-            finite = torch.isfinite(answer).all() & finite.to(answer.device)
+            # Not so for NaN, either.
+            finite = (answer.abs() <= LARGEST_SLOPE).all() & finite.to(answer.device)
             on = self._judge(answer, finite)
             if on is not None:
                 for block, part in zip(together, answer.chunk(len(together)), strict=True):
@@ -288,10 +299,10 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
         Returns:
             1.0, None to leave out the update; on devices where looking means waiting, a tensor.
         """
-        if finite.device.type == "cpu":
+        if self._can_look(finite):
             return 1.0 if bool(finite) else None
         answer.masked_fill_(~finite, 0.0)
-        return finite.to(torch.float32)
+        return finite.to(scalar_dtype(self._all_params()))
 
     @abstractmethod
     def _visit(self, passes: Passes, block: int) -> list[Tensor]:
@@ -356,9 +367,19 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
         indices = [self._indices.get(id(p), -1) for p in self._all_params()]
         return {**super()._curvature_state(), "streams": indices}
 
+    def _check_state(self, saved: Any) -> None:
+        super()._check_state(saved)
+        streams = saved[STATE_KEY].get("streams")
+        sound = isinstance(streams, list) and all(type(index) is int for index in streams)
+        if not sound or len(streams) != len(self._all_params()):
+            raise ValueError(
+                f"Cannot load the state into {type(self).__name__}: 'streams' must be a list of "
+                f"{len(self._all_params())} integers, one per parameter."
+            )
+
     def _load_curvature_state(self, state: dict[str, Any]) -> None:
         super()._load_curvature_state(state)
-        saved = zip(self._all_params(), state.get("streams", ()), strict=False)
+        saved = zip(self._all_params(), state["streams"], strict=True)
         self._indices = {id(p): index for p, index in saved if index >= 0}
         self._reset()
         self._failures = self._new_failure_counter(resumed=True)
@@ -374,6 +395,14 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
 
     def _update(self, params: list[Tensor], oracle: Oracle | None) -> None:
         raise NotImplementedError("A zeroth-order step is not made of gradients.")
+
+
+def _is_empty(closure: Callable[[], Any] | None) -> bool:
+    """Tell whether there is no closure, or that of Lightning where the user gave none."""
+    inner = getattr(closure, "args", (closure,))[-1:]
+    return any(
+        part is None or getattr(part, "__name__", "") == "do_nothing_closure" for part in inner
+    )
 
 
 @contextmanager

@@ -97,6 +97,7 @@ class ZOAdam(ZerothGradientOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -142,7 +143,8 @@ class ZOAdam(ZerothGradientOptimizer):
         on: float | Tensor,
     ) -> None:
         averages, squares = self._state(piece, "exp_avg", "exp_avg_sq")
-        beta1, beta2 = group["betas"]
+        shared = self.param_groups[0]
+        beta1, beta2 = shared["betas"]
         torch._foreach_mul_(averages, 1 - (1 - beta1) * on)
         torch._foreach_mul_(squares, 1 - (1 - beta2) * on)
         torch._foreach_add_(averages, torch._foreach_mul(estimate, (1 - beta1) * on))
@@ -153,7 +155,7 @@ class ZOAdam(ZerothGradientOptimizer):
             count = step.to(square.dtype)
             first = (1 - beta1) * discounted_count(count, beta1)
             second = (1 - beta2) * discounted_count(count, beta2)
-            torch.sqrt(square, out=out).div_(second.sqrt()).add_(group["eps"]).mul_(first)
+            torch.sqrt(square, out=out).div_(second.sqrt()).add_(shared["eps"]).mul_(first)
             torch.div(average, out, out=out)
         if group["weight_decay"] != 0:
             torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))

@@ -12,6 +12,7 @@ from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.displacement import Point
 from lightning_curvature.optim.zeroth_arguments import Blockwise, ModelMode
 from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, step_
+from lightning_curvature.optim.zeroth_order import LARGEST_SLOPE
 from lightning_curvature.optim.zeroth_passes import Passes
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
 
@@ -78,6 +79,7 @@ class ZOConservative(ZerothGradientOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -139,7 +141,11 @@ class ZOConservative(ZerothGradientOptimizer):
         group = self.param_groups[0]
         slope, loss = answer[0]
         # A slope that is not finite must not displace anything; it is refused below.
-        (length,) = self._numbers((slope * -float(group["lr"])).nan_to_num(0, 0, 0).reshape(1))
+        usable = slope.abs() <= LARGEST_SLOPE
+        # Where the update goes if the answer is the slope itself.
+        rate = float(group["lr"]) if group["maximize"] else -float(group["lr"])
+        lengths = torch.where(usable, slope * rate, 0.0).reshape(1)
+        (length,) = self._numbers(lengths)
         sides = (length, -length)
         found = [self._loss_at(passes, Point(0, side, block)) for side in sides]
 
@@ -162,4 +168,5 @@ class ZOConservative(ZerothGradientOptimizer):
         estimate: list[Tensor],
         on: float | Tensor,
     ) -> None:
-        step_(values, estimate, float(group["lr"]), on)
+        # Of the first group, whose candidates were compared.
+        step_(values, estimate, float(self.param_groups[0]["lr"]), on)

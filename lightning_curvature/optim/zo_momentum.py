@@ -87,6 +87,7 @@ class ZOMomentum(ZerothGradientOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -125,7 +126,7 @@ class ZOMomentum(ZerothGradientOptimizer):
         (buffers,) = self._state(piece, "momentum_buffer")
         if group["weight_decay"] != 0:
             torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
-        torch._foreach_mul_(buffers, 1 - (1 - group["momentum"]) * on)
+        torch._foreach_mul_(buffers, 1 - (1 - self.param_groups[0]["momentum"]) * on)
         if isinstance(on, Tensor):
             torch._foreach_mul_(estimate, on.to(estimate[0].dtype))
         torch._foreach_add_(buffers, estimate)

@@ -91,6 +91,7 @@ class ZOSignSGD(ZerothGradientOptimizer):
         max_projected_grad: float | None = None,
         seed: int = 0,
         max_failures: int = 10,
+        *,
         foreach: bool | None = None,
         maximize: bool = False,
     ) -> None:
@@ -131,7 +132,7 @@ class ZOSignSGD(ZerothGradientOptimizer):
         estimate: list[Tensor],
         on: float | Tensor,
     ) -> None:
-        if group["sign"] == "element" or piece.is_gradient:
+        if self.param_groups[0]["sign"] == "element" or piece.is_gradient:
             torch._foreach_sign_(estimate)
         if group["weight_decay"] != 0:
             torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))

@@ -13,11 +13,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from lightning_curvature.oracle.capture import LossCapture
 from lightning_curvature.oracle.extra_pass import ContextFactory, Environment
 from lightning_curvature.oracle.record import PassRecord
 from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
+from lightning_curvature.vectors import scalar_dtype
 
 __all__ = ["ClosureOracle"]
 
@@ -143,14 +145,42 @@ class ClosureOracle(WindowOracle):
         finally:
             self.recording = False
         environment.learn_unchanging(self.unchanging_buffers)
-        if not totals and isinstance(result, Tensor):
-            totals = [result.detach().clone()]
+        value = None if totals else self._value(result)
+        if value is not None:
+            totals = [value.detach().clone()]
         if totals:
             record = PassRecord(functools.partial(self._run_again, again), environment)
             record.loss = torch.stack(totals).sum()
             record.num_calls = len(capture.calls)
             self.add(record)
         return result
+
+    def _value(self, result: Any) -> Tensor | None:
+        """Return the loss that a closure without a backward returned, None for no loss.
+
+        Raises:
+            TypeError: If it returned something else.
+            ValueError: If it returned more than one number.
+        """
+        if isinstance(result, (int, float)) and not isinstance(result, bool):
+            if forward_ad._current_level >= 0:
+                raise TypeError(
+                    "The closure must return its loss as a tensor: a number has no derivative."
+                )
+            result = torch.tensor(result, dtype=scalar_dtype(self.params), device=self.device)
+        if result is None:
+            return None
+        if not isinstance(result, Tensor):
+            raise TypeError(
+                "A closure that runs no backward must return the loss, a scalar tensor or a "
+                f"number; got {type(result).__name__}."
+            )
+        if result.numel() != 1:
+            raise ValueError(
+                f"A closure must return one loss; got a tensor of shape {list(result.shape)}. "
+                "Return its mean, say."
+            )
+        return result.reshape(())
 
     def _run_again(self, closure: Callable[[], Any]) -> Tensor | None:
         """Run the closure without a backward and without touching a gradient."""
@@ -169,7 +199,7 @@ class ClosureOracle(WindowOracle):
             for p, grad in zip(self._owners, grads, strict=True):
                 p.grad = grad
         if not totals:
-            return result if self.main is not None and isinstance(result, Tensor) else None
+            return None if self.main is None else self._value(result)
         return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
 
 

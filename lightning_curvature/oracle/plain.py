@@ -100,6 +100,12 @@ class ModelOracle(ClosureOracle):
 
     def missing(self) -> str | None:
         """Tell the user what was needed when gradients came without a recorded loss."""
+        if self.main is not None:
+            return (
+                "found no recorded loss. Compute the loss with the function that attach_model "
+                "returned, on the output of the attached model and outside of torch.no_grad(), or "
+                "pass a closure to step."
+            )
         return (
             "found gradients without a recorded loss. Compute the loss with the function that "
             "attach_model returned, on the output of the attached model, or pass a closure to step."
@@ -157,7 +163,8 @@ class ModelOracle(ClosureOracle):
             RuntimeError: If ``output`` is not what the model returned last.
         """
         forward, self._forward = self._forward, None
-        if forward is None:
+        # Within a closure all is watched already; this forward was another one then.
+        if forward is None or self.recording:
             return self._loss_fn(output, *targets, **kwargs)
         if output is not forward.output:
             raise RuntimeError(

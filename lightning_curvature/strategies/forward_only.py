@@ -28,6 +28,8 @@ class ForwardOnly:
     def __init__(self, trainer: pl.Trainer, optimizer: ZerothOrderOptimizer) -> None:
         self._module = trainer.lightning_module
         is_hybrid = optimizer.has_gradients
+        if len(trainer.strategy.optimizers) > 1:
+            return  # another one has gradients
         if not is_hybrid:
             self._module.__dict__["backward"] = _nothing
             if trainer.gradient_clip_val:

@@ -247,6 +247,8 @@ class StepRecorder:
             params = [p for group in optimizer.param_groups for p in group["params"]]
             grads = [p.grad for p in params if p.grad is not None]
             ours = _unwrapped(optimizer) is self.optimizer and self.oracle.ready
+            if ours and not grads:
+                return  # torch cannot clip nothing by value
             if not (ours and grads and clip_val > 0):
                 clip_gradients(optimizer, clip_val, gradient_clip_algorithm)
             elif gradient_clip_algorithm == GradClipAlgorithmType.VALUE:

@@ -26,7 +26,9 @@ from lightning_curvature import (
     in_extra_pass,
 )
 from lightning_curvature.callbacks import sensitive_parameter_mask
+from lightning_curvature.callbacks.trajectory_log import TrajectoryLog
 from lightning_curvature.curvature.sensitive import captured_share, largest_entries
+from lightning_curvature.curvature.trajectory_replay import replay_trajectory
 from tests.helpers.modules import (
     StockModule,
     conv_module,
@@ -290,18 +292,17 @@ def test_chosen_anew(criterion: Any) -> None:
 def test_entries_that_stay_keep_their_state() -> None:
     p = torch.nn.Parameter(torch.arange(10.0))
     optimizer = ZOMomentum([p])
-    mask = sensitive_parameter_mask._set_mask
-    mask(optimizer, p, torch.tensor([1, 4, 7]))
+    optimizer.set_mask(p, torch.tensor([1, 4, 7]))
     optimizer.state[p]["momentum_buffer"] = torch.tensor([1.0, 2.0, 6.0])
     optimizer.state[p]["layer_scale"] = torch.tensor(5.0)
     optimizer.state[p]["master"] = torch.tensor([1.5, 4.5, 7.5])
-    mask(optimizer, p, torch.tensor([0, 4, 7, 9]))
+    optimizer.set_mask(p, torch.tensor([9, 4, 7, 0]))
     state = optimizer.state[p]
     assert state["mask"].tolist() == [0, 4, 7, 9]
     assert state["momentum_buffer"].tolist() == [4.0, 2.0, 6.0, 4.0]
     assert state["master"].tolist() == [0.0, 4.5, 7.5, 9.0]
     assert state["layer_scale"] == 5
-    mask(optimizer, p, torch.tensor([3]))
+    optimizer.set_mask(p, torch.tensor([3]))
     assert list(optimizer.state[p]) == ["mask"]
 
 
@@ -462,6 +463,21 @@ def test_arguments(arguments: dict[str, Any], error: type[Exception], message: s
 def test_needs_a_zeroth_order_optimizer() -> None:
     with pytest.raises(MisconfigurationException, match="such as MeZO or HiZOO, got AdamQLR"):
         fit(mlp_module(AdamQLR), SensitiveParameterMask())
+
+
+def test_log_of_quantized_weights(tmp_path: Path) -> None:
+    log = TrajectoryLog(dirpath=str(tmp_path))
+    with pytest.raises(MisconfigurationException, match="cannot log a run with quantized weights"):
+        fit(build(), log, SensitiveParameterMask(quantize="int8"))
+
+
+@pytest.mark.parametrize("update_interval", [None, 2])
+def test_log_holds_the_entries(update_interval: int | None, tmp_path: Path) -> None:
+    module, log = build(kind=HiZOO), TrajectoryLog(dirpath=str(tmp_path))
+    fit(module, log, SensitiveParameterMask(0.2, update_interval=update_interval))
+    again = build(kind=HiZOO)
+    replay_trajectory(again, again.configure_optimizers(), log.trajectory)
+    assert_bitwise(again.state_dict(), module.state_dict())
 
 
 def test_manual_optimization() -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import pickle
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from lightning_curvature.optim.forward_gradient import ForwardGradient
 from lightning_curvature.optim.hizoo import HiZOO
 from lightning_curvature.optim.hizool import HiZOOL
 from lightning_curvature.optim.mezo import MeZO
-from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.optim.zo_adam import ZOAdam
 from lightning_curvature.optim.zo_conservative import ZOConservative
 from lightning_curvature.optim.zo_momentum import ZOMomentum
@@ -24,7 +22,6 @@ from lightning_curvature.optim.zo_sign_sgd import ZOSignSGD
 from tests.helpers.optimizer_db import identical
 from tests.helpers.trajectories import Run, batches, net, state_of, two_groups
 
-Make = Callable[..., ZerothOrderOptimizer]
 FAMILY: tuple[Any, ...] = (
     *(MeZO, ZOMomentum, ZOSignSGD, ZOAdam, ZOConservative, HiZOO, HiZOOL, ForwardGradient),
 )

@@ -179,7 +179,7 @@ def long_run(recording: Recording, name: str, seed: int, steps: int) -> tuple[fl
 
     for _ in range(steps):
         optimizer.step(closure)
-    return float(closure()), optimizer.state[w].get("hess_diag", h)
+    return float(closure().detach()), optimizer.state[w].get("hess_diag", h)
 
 
 def check_long_run(recording: Recording, steps: int, num_seeds: int) -> dict[str, float]:

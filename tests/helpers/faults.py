@@ -18,7 +18,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from lightning_curvature import CurvatureOptimizer, in_extra_pass
 from lightning_curvature.curvature.layer_tape import _Hook
 from tests.helpers.modules import CLASSES, MakeOptimizer
-from tests.helpers.optimizer_db import state_tensors
+from tests.helpers.optimizer_db import Contract, state_tensors
 
 HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 PLACES = ("step", "hook", "metric")
@@ -144,6 +144,17 @@ class FaultyManual(Faulty):
         optimizer.step(closure=closure)
 
 
+def exact_maker(contract: Contract) -> Callable[..., CurvatureOptimizer]:
+    """Return what makes an optimizer whose failed steps leave the very bits they found.
+
+    Parameters that are displaced in their own memory come back up to round-off.
+    """
+    making: Callable[..., CurvatureOptimizer] = contract.making(
+        **contract.known({"restore": "snapshot"})
+    )
+    return making
+
+
 def random_streams() -> dict[str, Any]:
     """Return the states of the three global random streams."""
     return {
@@ -179,7 +190,8 @@ def scene(module: nn.Module) -> dict[str, Any]:
             for path, part in module.named_modules()
             for kind in HOOKS
         },
-        "methods": sorted(name for name, value in own.items() if callable(value)),
+        # The backward is away for as long as an optimizer is attached that needs none.
+        "methods": sorted({name for name, value in own.items() if callable(value)} - {"backward"}),
         "metrics": {
             name: {
                 **{key: value.clone() for key, value in metric.metric_state.items()},

@@ -53,6 +53,11 @@ class Contract:
         return "forward" in self.info.asks
 
     @property
+    def slack(self) -> float:
+        """How many times the loss that is asked of others it may leave in a small problem."""
+        return 1.5 if self.forward_only else 1.0
+
+    @property
     def runs_again(self) -> bool:
         """Whether it asks for extra passes; what others ask is found in the main passes."""
         return not self.info.asks.isdisjoint({"loss", "directional", "forward"})
@@ -159,12 +164,17 @@ KFAC_QUIET: dict[str, Any] = {
     "inverse_update_interval": NEVER,
 }
 
-# A direction says little about a gradient: several per step, so that a few steps show something. Each
-# costs two passes, so not many, and short steps instead.
+# A direction says little about a gradient: several per step, so that a few steps show something.
+# Each costs two passes, so not many, and short steps instead.
 ZEROTH: dict[str, Any] = {"lr": 0.2, "num_samples": 4}
 
 # H moves, and second differences are above the round-off of float32.
-HIZOO: dict[str, Any] = {**ZEROTH, "perturbation_scale": 0.01, "hessian_smoothing": 1e-3}
+HIZOO: dict[str, Any] = {
+    "lr": 0.1,
+    "num_samples": 8,
+    "perturbation_scale": 0.01,
+    "hessian_smoothing": 1e-3,
+}
 
 SPECIAL: dict[str, dict[str, Any]] = {
     "adamqlr": {"quiet": {"max_failures": NEVER}},

@@ -39,7 +39,7 @@ def by_layer(model: nn.Module) -> list[dict[str, Any]]:
     return [
         {"params": [params[0]], "weight_decay": 0.1},
         {"params": [params[1]], "lr": 2 * LR},
-        {"params": params[2:]},
+        {"params": params[2:], "weight_decay": 0.02},
     ]
 
 

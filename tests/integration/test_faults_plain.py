@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lightning_curvature import CurvatureOptimizer, in_extra_pass
 from tests.helpers.families import every_family
-from tests.helpers.faults import Fault, assert_finite, assert_same_scene, scene
+from tests.helpers.faults import Fault, assert_finite, assert_same_scene, exact_maker, scene
 from tests.helpers.modules import loader, vectors
 from tests.helpers.optimizer_db import PERIOD, Contract
 
@@ -157,7 +157,7 @@ def assert_goes_on(loop: AttachedLoop) -> None:
 @pytest.mark.feature("Faults", "Exception inside an extra pass")
 def test_attached_model(contract: Contract, directional: str, position: str, error: str) -> None:
     """Everything is as before the step, and the same optimizer goes on."""
-    loop = drill(lambda: AttachedLoop(contract.make, directional), position, ERRORS[error])
+    loop = drill(lambda: AttachedLoop(exact_maker(contract), directional), position, ERRORS[error])
     if loop.failed:
         assert_same_scene(scene(loop.model), loop.before)
     assert_goes_on(loop)
@@ -173,7 +173,7 @@ def test_bare_closure(contract: Contract, position: str, error: str) -> None:
     if contract.needs_module:
         pytest.skip("needs a model")
     backward = torch.autograd.backward
-    loop = drill(lambda: ClosureLoop(contract.make, "fd"), position, ERRORS[error])
+    loop = drill(lambda: ClosureLoop(exact_maker(contract), "fd"), position, ERRORS[error])
     if loop.failed:
         but = ("buffers", "function modes", "backward")
         assert_same_scene(scene(loop.model), loop.before, *but)

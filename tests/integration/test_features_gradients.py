@@ -1,9 +1,11 @@
 """Every optimizer beside what happens to gradients before a step: accumulation and clipping."""
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from torch import Tensor
 
@@ -54,11 +56,28 @@ def test_accumulated_batches_are_one_large_batch(contract: Contract) -> None:
     assert_close(few.tensors, large.tensors)
 
 
+def clipped_without_gradients(contract: Contract, **settings: Any) -> None:
+    """Fit one that has no gradients; assert that it says so, and goes on as without clipping."""
+    with pytest.warns(UserWarning, match="has no effect: .* has no gradients. Use its max_proj"):
+        run = train(contract, gradient_clip_val=0.05, **settings)
+    assert_bitwise(run.tensors, plain(contract).tensors)
+    assert all(p.grad is None for p in run.module.parameters())
+
+
 @every_family
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 @title('`window="last"`')
-def test_a_window_of_the_last_micro_batch(contract: Contract, route: str) -> None:
-    """Cheaper: fewer extra passes; training goes on all the same."""
+def test_a_window_of_the_last_micro_batch(contract: Contract, route: str, refused: Any) -> None:
+    """Cheaper: fewer extra passes; training goes on all the same.
+
+    Without a gradient of all the data it would be training on a part of it.
+    """
+    if contract.forward_only:
+        strategy = SingleDeviceCurvatureStrategy(window="last")
+        with pytest.raises(MisconfigurationException, match="knows of the data only") as refusal:
+            train(contract, mlp_module, route="none", strategy=strategy)
+        refused(str(refusal.value))
+        return
     passes: dict[str, int] = {}
     for window in ("all", "last"):
         forwards: list[int] = []
@@ -125,6 +144,9 @@ def test_accumulation_that_changes(contract: Contract) -> None:
 )
 def test_clipping(contract: Contract, algorithm: str, route: str) -> None:
     """Clipped gradients disagree with the measured slope; the self-check knows why."""
+    if contract.forward_only:
+        clipped_without_gradients(contract, route=route, gradient_clip_algorithm=algorithm)
+        return
     norms: list[float] = []
 
     class Watched(Validated):
@@ -158,6 +180,9 @@ def test_clipping(contract: Contract, algorithm: str, route: str) -> None:
 @every_family
 @title("`gradient_clip_val`, by norm")
 def test_a_generous_clip_changes_nothing(contract: Contract) -> None:
+    if contract.forward_only:
+        clipped_without_gradients(contract)
+        return
     run = train(contract, gradient_clip_val=1e6)
     assert_bitwise(run.tensors, plain(contract).tensors)
 
@@ -174,6 +199,9 @@ def test_clipping_by_the_module(contract: Contract) -> None:
     def make(make_optimizer: Any) -> Clips:
         return Clips(noisy_module(make_optimizer).network, make_optimizer)
 
+    if contract.forward_only:
+        assert_bitwise(train(contract, make).tensors, plain(contract).tensors)
+        return
     run = train(contract, make, max_epochs=8)
     expected = train(contract, gradient_clip_val=0.05, max_epochs=8)
     assert_bitwise(run.tensors, expected.tensors)
@@ -185,9 +213,10 @@ def test_a_clipped_window(contract: Contract) -> None:
     """The window is clipped once, as one large batch is."""
     contract = contract.exactly()
     exact = {**EXACT, "gradient_clip_val": 0.05}
-    few = train(
-        contract, mlp_module, data=batched(batch_size=4), accumulate_grad_batches=2, **exact
-    )
-    large = train(contract, mlp_module, data=batched(batch_size=BATCH_SIZE), **exact)
+    with pytest.warns(UserWarning, match="no effect") if contract.forward_only else nullcontext():
+        few = train(
+            contract, mlp_module, data=batched(batch_size=4), accumulate_grad_batches=2, **exact
+        )
+        large = train(contract, mlp_module, data=batched(batch_size=BATCH_SIZE), **exact)
     assert few.steps == large.steps == EPOCHS * BATCHES
     assert_close(few.tensors, large.tensors)

@@ -2,6 +2,7 @@
 
 import itertools
 import re
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,23 @@ def scaling(grad_scaler: torch.amp.GradScaler) -> dict[str, Any]:
     return {"plugins": [plugin]}
 
 
+def without_gradients(contract: Contract, refused: Any, precision: str = "16-mixed") -> bool:
+    """Tell whether there is nothing for a scaler to scale, and assert that it is refused then."""
+    if precision != "16-mixed" or not contract.forward_only:
+        return False
+    name = contract.info.cls.__name__
+    text = (
+        f"{name} re-evaluates the loss, which 16-mixed precision cannot do. Use bf16-mixed or "
+        "32-true."
+    )
+    for make in (mlp_module, lambda make: Manual(mlp_module(make).network, make)):
+        run = prepare(contract, make, **scaling(scaler()))
+        with pytest.raises(MisconfigurationException, match=f"^{re.escape(text)}$"):
+            run.trainer.fit(run.module, batched())
+    refused(text)
+    return True
+
+
 def settings_of(precision: str) -> dict[str, Any]:
     """Return the Trainer arguments for a precision."""
     if precision == "16-mixed":
@@ -72,8 +90,10 @@ def settings_of(precision: str) -> dict[str, Any]:
 @every_family
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 @every_precision
-def test_trains(contract: Contract, precision: str, route: str) -> None:
+def test_trains(contract: Contract, precision: str, route: str, refused: Any) -> None:
     """The loss falls, types stay, and no method of measuring curvature complains."""
+    if without_gradients(contract, refused, precision):
+        return
     run = train(contract, mlp_module, route=route, max_epochs=6, **settings_of(precision))
     assert run.steps == 6 * BATCHES
     run.assert_learned()
@@ -91,8 +111,10 @@ def double_module(make_optimizer: Any) -> StockModule:
 
 @every_family
 @every_precision
-def test_resumes(contract: Contract, precision: str, tmp_path: Path) -> None:
+def test_resumes(contract: Contract, precision: str, tmp_path: Path, refused: Any) -> None:
     """Bit for bit, with the scale of a scaler, and no state cast on the way."""
+    if without_gradients(contract, refused, precision):
+        return
     make = double_module if precision == "64-true" else mlp_module
     whole = train(contract, make, max_epochs=4, **settings_of(precision))
     half = train(contract, make, max_epochs=2, **settings_of(precision))
@@ -108,17 +130,20 @@ def test_resumes(contract: Contract, precision: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("precision", ["bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.feature("Precision", "mixed, with clipping and accumulation")
-def test_clipped_windows(contract: Contract, precision: str, accumulate: int) -> None:
+def test_clipped_windows(contract: Contract, precision: str, accumulate: int, refused: Any) -> None:
     """A scaler unscales before it clips: the slope that is compared is the true one."""
-    run = train(
-        contract,
-        mlp_module,
-        data=batched(learnable(64)),
-        gradient_clip_val=0.05,
-        accumulate_grad_batches=accumulate,
-        max_epochs=8,
-        **(scaling(scaler()) if precision == "16-mixed" else settings_of(precision)),
-    )
+    if without_gradients(contract, refused, precision):
+        return
+    with pytest.warns(UserWarning, match="no effect") if contract.forward_only else nullcontext():
+        run = train(
+            contract,
+            mlp_module,
+            data=batched(learnable(64)),
+            gradient_clip_val=0.05,
+            accumulate_grad_batches=accumulate,
+            max_epochs=8,
+            **(scaling(scaler()) if precision == "16-mixed" else settings_of(precision)),
+        )
     assert run.steps == 8 * 8 // accumulate
     run.assert_learned(per_epoch=8)
 
@@ -144,8 +169,10 @@ def scaled_run(contract: Contract, grad_scaler: torch.amp.GradScaler, **settings
 
 @every_family
 @SCALED
-def test_the_scale_grows(contract: Contract) -> None:
+def test_the_scale_grows(contract: Contract, refused: Any) -> None:
     """... and nothing depends on it, as long as nothing overflows or vanishes."""
+    if without_gradients(contract, refused):
+        return
     growing, scales = scaled_run(contract, scaler(growth_interval=6))
     constant, _ = scaled_run(contract, scaler(growth_interval=10**6))
     assert scales == [1024.0] * 5 + [2048.0] * 6 + [4096.0] * 4
@@ -156,8 +183,12 @@ def test_the_scale_grows(contract: Contract) -> None:
 @every_family
 @pytest.mark.parametrize("accumulate", [1, 2])
 @SCALED
-def test_steps_that_the_scaler_leaves_out(contract: Contract, accumulate: int) -> None:
+def test_steps_that_the_scaler_leaves_out(
+    contract: Contract, accumulate: int, refused: Any
+) -> None:
     """As if their batches had not been there: no step is counted, and no batch is remembered."""
+    if without_gradients(contract, refused):
+        return
     huge = 2.0**24
     rows = learnable(12 * BATCH_SIZE)
     window = {"accumulate_grad_batches": accumulate, "max_epochs": 1}
@@ -191,8 +222,10 @@ class Overflows(StockModule):
 
 @every_family
 @SCALED
-def test_an_infinite_gradient_on_the_way(contract: Contract) -> None:
+def test_an_infinite_gradient_on_the_way(contract: Contract, refused: Any) -> None:
     """The scaler leaves the step out; weights and state stay, and the next step is taken."""
+    if without_gradients(contract, refused):
+        return
 
     def make(make_optimizer: Any) -> Overflows:
         return Overflows(mlp_module(make_optimizer).network, make_optimizer)
@@ -298,6 +331,8 @@ class Manual(StockModule):
 )
 def test_manual_optimization(contract: Contract, precision: str, refused: Any) -> None:
     """A closure can be evaluated again, except where a scaler has run it before."""
+    if without_gradients(contract, refused, precision):
+        return
 
     def make(make_optimizer: Any) -> Manual:
         return Manual(mlp_module(make_optimizer).network, make_optimizer)

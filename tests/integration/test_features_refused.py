@@ -188,7 +188,10 @@ def test_one_of_them_and_one_of_torch(contract: Contract) -> None:
     run.trainer.fit(run.module, batched())
     assert run.optimizer._steps_done == EPOCHS * BATCHES
     assert run.trainer.global_step == 2 * EPOCHS * BATCHES
-    assert F.cross_entropy(run.module(x), y).item() < 0.9 * before
+    # The other layer's Adam alone takes it to 0.95.
+    assert (
+        F.cross_entropy(run.module(x), y).item() < (0.95 if contract.forward_only else 0.9) * before
+    )
     assert not any(torch.equal(p, start[name]) for name, p in run.module.named_parameters())
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_curvature import in_extra_pass
 from lightning_curvature.oracle import MissingCapabilityError
 from tests.helpers.families import every_family
+from tests.helpers.faults import exact_maker
 from tests.helpers.features import (
     BATCHES,
     EPOCHS,
@@ -203,7 +204,7 @@ def test_running_out_of_memory_leaves_a_usable_optimizer(contract: Contract) -> 
     """The error reaches the user as it was; parameters are as before, and training can go on."""
     if not contract.runs_again:
         pytest.skip("makes no extra pass")
-    run = prepare(contract, tunable)
+    run = prepare(contract, tunable, make_optimizer=exact_maker(contract))
     run.module.limit, run.module.where = 0, "extra"
     before = {name: p.detach().clone() for name, p in run.module.named_parameters()}
     with pytest.raises(RuntimeError, match="CUDA out of memory"):

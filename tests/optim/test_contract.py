@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lightning_curvature.oracle import MissingCapabilityError
+from tests.helpers.families import variants_too
 from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
 from tests.helpers.plain_loop import (
     CLASSES,
@@ -65,9 +66,12 @@ def test_loss_falls_on_residuals(
     nothing = torch.zeros(1, dtype=torch.float64)
     target = torch.zeros(len(look(loop.model.at)), dtype=torch.float64)
     losses = loop.train([(nothing, target)] * steps)
+    # Noise is multiplied by the largest curvature, and limits the rate for the smallest.
+    factor = 0.02 if contract.forward_only else factor
     assert losses[-1] < factor * losses[0]
 
 
+@variants_too
 @every_optimizer
 @pytest.mark.parametrize("task", ["classification", "regression"])
 def test_loss_falls_on_a_network(contract: Contract, task: str) -> None:
@@ -79,7 +83,7 @@ def test_loss_falls_on_a_network(contract: Contract, task: str) -> None:
         model = network(OUTPUTS, dtype=torch.float32)
         loop = Loop(model, contract.make, half_mse, directional="auto")
     losses = loop.train(data * 10)
-    assert sum(losses[-4:]) < 0.5 * sum(losses[:4])
+    assert sum(losses[-4:]) < 0.5 * contract.slack * sum(losses[:4])
 
 
 # Closures
@@ -88,7 +92,10 @@ def test_loss_falls_on_a_network(contract: Contract, task: str) -> None:
 @every_optimizer
 @pytest.mark.parametrize("attached", [True, False])
 def test_the_closure_is_called_once(contract: Contract, attached: bool) -> None:
-    """In a step it is run with gradients on, once; extra passes of it run no backward."""
+    """In a step it is run with gradients on, once; extra passes of it run no backward.
+
+    Where nothing is differentiated all passes are alike, without gradients.
+    """
     model = network()
     optimizer = contract.make(model.parameters())
     criterion = F.cross_entropy
@@ -116,10 +123,13 @@ def test_the_closure_is_called_once(contract: Contract, attached: bool) -> None:
             assert calls == []
             return
         loss = optimizer.step(closure)
-    assert len(backwards) == 1
+    assert len(backwards) == (not contract.forward_only)
     assert isinstance(loss, Tensor)
-    assert loss.item() == pytest.approx(float(F.cross_entropy(_with(model, before, x), y)))
-    assert calls[0] is True
+    # Some take the mean around the parameters for the loss there.
+    tolerance = 1e-3 if contract.forward_only else 1e-6
+    expected = float(F.cross_entropy(_with(model, before, x), y))
+    assert loss.item() == pytest.approx(expected, rel=tolerance)
+    assert calls[0] is not contract.forward_only
     if attached and not contract.info.asks:
         assert len(calls) == 1
     assert not torch.equal(before[0], model[0].weight)
@@ -153,7 +163,7 @@ def test_a_bare_closure_trains_and_says_what_it_lacks(contract: Contract) -> Non
         losses = [optimizer.step(closure).item() for _ in range(30)]
     assert len(record) == 1
     assert record[0].filename == __file__
-    assert losses[-1] < 0.5 * losses[0]
+    assert losses[-1] < (0.85 if contract.forward_only else 0.5) * losses[0]
 
 
 # Missing gradients
@@ -179,6 +189,8 @@ def test_parameters_without_a_gradient_stay(contract: Contract, frozen: int) -> 
 
 @every_optimizer
 def test_an_unused_parameter_stays(contract: Contract) -> None:
+    """Unless nobody knows that it is unused: without gradients it moves like the others."""
+
     class WithUnused(nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -192,6 +204,10 @@ def test_an_unused_parameter_stays(contract: Contract) -> None:
     loop = Loop(WithUnused(), contract.make)
     batches = classification(3)
     losses = loop.train(batches)
+    if contract.forward_only:
+        assert not torch.equal(loop.model.unused, torch.ones(2, dtype=torch.float64))
+        assert loop.is_finite()
+        return
     if "hvp" not in contract.info.asks:  # probes are drawn for all parameters, in their order
         assert losses == plain.train(batches)
     assert torch.equal(loop.model.unused, torch.ones(2, dtype=torch.float64))
@@ -207,7 +223,13 @@ def test_a_step_without_any_gradient_changes_nothing(contract: Contract) -> None
         weights, state = loop.theta(), state_tensors(loop.optimizer)
         steps = loop.optimizer.state_dict()["curvature"]["steps_done"]
         loop.optimizer.zero_grad()
-        assert loop.optimizer.step() is None
+        if contract.forward_only:
+            # It would not have had one anyway: what is missing is the loss.
+            text = f"^{contract.info.cls.__name__} found no recorded loss. Compute the loss with"
+            with pytest.raises(MissingCapabilityError, match=text):
+                loop.optimizer.step()
+        else:
+            assert loop.optimizer.step() is None
         assert torch.equal(loop.theta(), weights)
         after = state_tensors(loop.optimizer)
         assert after.keys() == state.keys()
@@ -240,8 +262,13 @@ def test_unsupported_tensors_are_refused(contract: Contract, kind: str, refused:
     model = nn.Sequential(nn.Embedding(5, 3, sparse=True), nn.Flatten(), nn.Linear(6, 2))
     loop = Loop(model, contract.make, directional="auto")
     before = loop.theta()
+    batch = torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1])
+    if contract.forward_only:
+        losses = loop.train([batch] * 20)
+        assert losses[-1] < losses[0]
+        return
     with pytest.raises(RuntimeError, match=f"^{name} does not support sparse gradients.$"):
-        loop.step(torch.tensor([[0, 1], [2, 3]]), torch.tensor([0, 1]))
+        loop.step(*batch)
     assert torch.equal(loop.theta(), before)
     refused(f"{name} does not support sparse gradients.")
 
@@ -251,10 +278,14 @@ def test_unsupported_tensors_are_refused(contract: Contract, kind: str, refused:
 
 @every_optimizer
 def test_gradients_are_as_the_backward_left_them(contract: Contract) -> None:
-    """Callbacks and monitors read them after the step."""
+    """Callbacks and monitors read them after the step; forward passes alone leave none."""
     loop = Loop(network(), contract.make)
     for x, y in classification(2):
         loop.backward(x, y)
+        if contract.forward_only:
+            loop.optimizer.step()
+            assert all(p.grad is None for p in loop.model.parameters())
+            continue
         before = [p.grad.clone() for p in loop.model.parameters()]
         loop.optimizer.step()
         for p, grad in zip(loop.model.parameters(), before, strict=True):
@@ -278,5 +309,5 @@ def test_shapes(contract: Contract) -> None:
 
     loop = Loop(Odd(), contract.make)
     losses = loop.train(classification(1, batch=32) * 20)
-    assert losses[-1] < 0.7 * losses[0]
+    assert losses[-1] < min(0.7 * contract.slack, 0.9) * losses[0]
     assert loop.model.scale.item() != 1.0

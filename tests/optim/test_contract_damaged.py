@@ -51,7 +51,7 @@ def edited(state: dict[str, Any], path: Path, value: Any = None, *, cut: bool = 
 def may_be_none(optimizer: CurvatureOptimizer, key: str) -> bool:
     """Tell whether a hyper-parameter may be None."""
     argument = optimizer.argument_names.get(key, key)
-    return type(None) in get_args(get_type_hints(type(optimizer).__init__)[argument])
+    return type(None) in get_args(get_type_hints(type(optimizer).__init__).get(argument))
 
 
 def spoiled(good: dict[str, Any], optimizer: CurvatureOptimizer) -> Iterator[tuple[Path, str, Any]]:
@@ -74,6 +74,12 @@ def spoiled(good: dict[str, Any], optimizer: CurvatureOptimizer) -> Iterator[tup
         **{k: v for k, v in ANYTHING.items() if v != {}},
         "no states": {"damping_update_interval": 3},
     }
+    if "streams" in own:
+        wrong["curvature", "streams"] = {
+            **ANYTHING,
+            "too short": own["streams"][:-1],
+            "halves": [0.5 * index for index in own["streams"]],
+        }
     wrong["curvature", "oracle"] = {k: v for k, v in ANYTHING.items() if v != {}}
     wrong.update(
         {("curvature", "oracle", name): {"a dict": {}, "3.5": 3.5} for name in own["oracle"]}
@@ -178,7 +184,7 @@ def test_the_state_of_another_model(contract: Contract) -> None:
         pytest.skip("keeps nothing that has a shape")
     before = copy.deepcopy(loop.optimizer.state_dict())
     text = rf"^Cannot load the state into {contract.info.cls.__name__}: .*of parameter 2 must be .*"
-    with pytest.raises(ValueError, match=text + r"\[4, 7\], got .* \[6, 7\]"):
+    with pytest.raises(ValueError, match=text + r"\[4(, 7)?\], got .*\[6(, 7)?\]"):
         loop.optimizer.load_state_dict(other.optimizer.state_dict())
     assert identical(loop.optimizer.state_dict(), before)
 

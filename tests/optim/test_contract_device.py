@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from lightning_curvature.curvature import kronecker
 from lightning_curvature.optim import kfac_step
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
+from lightning_curvature.optim.displaced import DisplacedOptimizer
 from tests.helpers.optimizer_db import Contract, every_optimizer, state_tensors
 from tests.helpers.plain_loop import Loop, classification, network
 
@@ -81,6 +82,7 @@ SYNC_OPTIONS: list[dict[str, Any]] = [
 def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     """On a CPU, where that costs nothing, they look at the gradient and at what they found."""
     monkeypatch.setattr(DiagonalOptimizer, "_can_look", lambda *_: False)
+    monkeypatch.setattr(DisplacedOptimizer, "_can_look", lambda *_: False)
     monkeypatch.setattr(kronecker, "_can_look", lambda *_: False)
     monkeypatch.setattr(kfac_step, "_is_known", lambda *_: False)
 
@@ -96,8 +98,9 @@ def test_a_step_does_not_wait_for_the_device(
         pytest.skip("arguments of another optimizer")
     dtype = torch.float32
     make = contract.making(**options, **contract.quiet)
+    own = {} if "lr" in contract.make([torch.ones(1)]).shared else {"lr": 0.5}
     groups = lambda model: [  # noqa: E731
-        {"params": model[0].parameters(), "lr": 0.5},
+        {"params": model[0].parameters(), **own},
         {"params": model[2].parameters()},
     ]
     loop = Loop(network(dtype=dtype), make, directional=directional, groups=groups)
@@ -131,7 +134,7 @@ def test_reading_steps_come_at_the_announced_interval(contract: Contract) -> Non
 @every_optimizer
 def test_no_leak(contract: Contract) -> None:
     """The number of live tensors is flat over 50 steps, and no batch outlives its step."""
-    loop = Loop(network(), contract.make)
+    loop = Loop(network(), contract.making(**contract.known({"num_samples": 1})))
     (x, y), *_ = classification(1)
 
     def live() -> int:
@@ -157,4 +160,7 @@ def test_gradients_keep_no_graph(contract: Contract) -> None:
     loop.train(classification(2))
     tensors = [*state_tensors(loop.optimizer).values(), *loop.optimizer.stats.values()]
     assert not any(tensor.requires_grad for tensor in tensors)
-    assert all(p.grad.grad_fn is None and p.is_leaf for p in loop.model.parameters())
+    assert all(p.is_leaf for p in loop.model.parameters())
+    grads = [p.grad for p in loop.model.parameters()]
+    assert all((grad is None) == contract.forward_only for grad in grads)
+    assert not any(grad is not None and grad.grad_fn is not None for grad in grads)

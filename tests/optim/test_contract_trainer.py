@@ -43,6 +43,11 @@ def fit(
     return losses.seen, trainer
 
 
+def fallen(contract: Contract) -> float:
+    """Return how much of its loss is left after some epochs: more where directions are random."""
+    return 0.9 if contract.forward_only else 0.8
+
+
 @every_optimizer
 @pytest.mark.parametrize("route", ROUTES)
 def test_trains_a_stock_module(contract: Contract, route: str) -> None:
@@ -50,7 +55,7 @@ def test_trains_a_stock_module(contract: Contract, route: str) -> None:
     module = mlp_module(contract.make)
     losses, trainer = fit(module, route)
     per_epoch = len(losses) // EPOCHS
-    assert sum(losses[-per_epoch:]) < 0.8 * sum(losses[:per_epoch])
+    assert sum(losses[-per_epoch:]) < fallen(contract) * sum(losses[:per_epoch])
     optimizer = the_optimizer(module)
     assert type(optimizer) is contract.info.cls
     assert "_curvature_recorder" not in trainer.strategy.__dict__
@@ -139,7 +144,7 @@ def test_manual_optimization_with_a_closure(contract: Contract, route: str) -> N
     module = Manual(network, contract.make)
     losses, trainer = fit(module, route)
     per_epoch = len(losses) // EPOCHS
-    assert sum(losses[-per_epoch:]) < 0.8 * sum(losses[:per_epoch])
+    assert sum(losses[-per_epoch:]) < fallen(contract) * sum(losses[:per_epoch])
     assert trainer.global_step == len(losses)
     # The same steps as under automatic optimization.
     seed_everything(1)
