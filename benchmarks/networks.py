@@ -179,9 +179,7 @@ def _random_images(count: int, *shape: int) -> Batch:
     return torch.randn(count, *shape), torch.randint(_IMAGE_CLASSES, (count,))
 
 
-def _random_tokens(
-    count: int, vocabulary: int = _VOCABULARY, positions: int = _POSITIONS
-) -> Batch:
+def _random_tokens(count: int, vocabulary: int = _VOCABULARY, positions: int = _POSITIONS) -> Batch:
     tokens = torch.randint(vocabulary, (count, positions + 1))
     return tokens[:, :-1], tokens[:, 1:]
 

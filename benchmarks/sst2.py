@@ -144,8 +144,7 @@ class PromptModel(nn.Module):
         visible = (words != _PAD)[:, None, None, :]
         for block in self.blocks:
             states = block(states, visible)
-        states = self.norm(states)
-        return states
+        return self.norm(states)
 
     @override
     def forward(self, words: Tensor) -> Tensor:

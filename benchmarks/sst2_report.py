@@ -193,8 +193,9 @@ def draw(runs: list[Run], methods: Mapping[str, Method], seeds: Sequence[int], p
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy on dev [%]")
-    panels[0].legend(fontsize="x-small", loc="lower right")
-    panels[2].legend(fontsize="x-small", loc="lower right")
+    for axes in (panels[0], panels[2]):
+        if axes.lines:
+            axes.legend(fontsize="x-small", loc="lower right")
     figure.suptitle("SST-2, a new prompt for a pretrained model (a step with backward: 3 passes)")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

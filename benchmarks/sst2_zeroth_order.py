@@ -41,6 +41,7 @@ from torch.optim import Optimizer
 
 from lightning_curvature import HiZOO, MeZO
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
+from lightning_curvature.optim.zeroth_storage import HalfPrecision
 
 __all__ = ["METHODS", "Method", "Run", "main", "train"]
 
@@ -54,6 +55,11 @@ def _adamw(params: list[nn.Parameter], lr: float, seed: int) -> Optimizer:
     return torch.optim.AdamW(params, lr=lr)
 
 
+_KEPT: tuple[tuple[HalfPrecision, str], ...] = (
+    ("master", "tab:purple"),
+    ("stochastic", "tab:pink"),
+    ("nearest", "0.4"),
+)
 METHODS = {
     "AdamW": Method(_adamw, _BACKWARD_PASSES, (1e-4, 3e-4, 1e-3), "tab:orange"),
     "MeZO": Method(MeZO, 2, (1e-4, 3e-4, 1e-3), "tab:blue"),
@@ -64,7 +70,7 @@ METHODS = {
         f"MeZO, bfloat16, {how}": Method(
             partial(MeZO, half_precision=how), 2, (1e-3,), color, dtype=torch.bfloat16
         )
-        for how, color in (("master", "tab:purple"), ("stochastic", "tab:pink"), ("nearest", "0.4"))
+        for how, color in _KEPT
     },
 }
 

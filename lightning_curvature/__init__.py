@@ -21,8 +21,6 @@ from lightning_curvature.curvature.schedule import (
     WarmupInterval,
 )
 from lightning_curvature.curvature.time_budget import TimeBudget
-from lightning_curvature.curvature.trajectory import Trajectory
-from lightning_curvature.curvature.trajectory_replay import replay_trajectory
 from lightning_curvature.optim import (
     EKFAC,
     KFAC,
@@ -45,6 +43,8 @@ from lightning_curvature.optim import (
     ZOMomentum,
     ZOSignSGD,
 )
+from lightning_curvature.optim.trajectory import Trajectory
+from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.oracle import declare_loss, in_extra_pass
 from lightning_curvature.registry import OptimizerInfo, get_optimizer_info, list_optimizers
 from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCurvatureStrategy

@@ -181,6 +181,16 @@ def test_step_time(
     assert float(found[0]["ratio"]) == 1.0
 
 
+def test_step_time_without_a_backward(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    script = load_script("step_time")
+    arguments = ["--suite", "zeroth", "--workloads", "conv", "--rounds", "1", "--cycles", "1"]
+    script.main([*arguments, "--batch-size", "2", "--csv", str(tmp_path / "out.csv")])
+    found = rows_of(tmp_path / "out.csv")
+    assert [row["optimizer"] for row in found] == list(script.suites()["zeroth"].variants)
+
+
 # On random data its curvature has no effect, and it says so.
 @pytest.mark.filterwarnings("ignore:Sophia.* clips more than 99%:RuntimeWarning")
 def test_step_time_of_diagonal_optimizers(
@@ -306,6 +316,17 @@ def test_monitor_weighs_steps_as_they_occur(load_script: Callable[[str], ModuleT
     assert values["CurvatureMonitor", "percent in its hooks"] == pytest.approx(expected)
     assert "+100.00 %" in table
     assert "FAIL" in table
+
+
+def test_memory_without_a_backward(
+    load_script: Callable[[str], ModuleType], tmp_path: Path
+) -> None:
+    script = load_script("memory")
+    # Large enough for the parameters to outweigh the activations.
+    arguments = ["--suite", "zeroth", "--workloads", "mlp", "--steps", "2", "--batch-size", "8"]
+    script.main([*arguments, "--csv", str(tmp_path / "out.csv")])
+    found = {row["optimizer"]: float(row["ratio"]) for row in rows_of(tmp_path / "out.csv")}
+    assert found["MeZO"] < found["HiZOO"] < found["ZOAdam"] < 1
 
 
 def test_memory(

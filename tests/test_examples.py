@@ -18,6 +18,10 @@ SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
         {r"attached epoch 2 loss": 0.6, r"closure epoch 2 loss": 0.6},
     ),
     "lightning_unchanged": (["--epochs", "5"], {r"AdamW loss": 2.0, r"AdamQLR loss": 0.6}),
+    "finetune_zeroth_order": (
+        ["--epochs", "50"],
+        {r"errors on shifted digits after / before:": 0.5},
+    ),
     "ddp": (
         ["--epochs", "5"],
         {

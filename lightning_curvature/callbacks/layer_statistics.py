@@ -273,6 +273,15 @@ class LayerStatistics(Callback):
         if not bool(gathered[:, 0].any()):  # nothing to step on: no layer is to blame
             return
         self._last_logged = trainer.global_step
+        without = [o for o in trainer.optimizers if "forward" in getattr(o, "asks", ())]
+        if without and not found["output_grad_mean"]:
+            if not self._checked:
+                rank_zero_warn(
+                    "LayerStatistics has nothing to show: it sees layers in the backward, and "
+                    f"{type(without[0]).__name__} runs none."
+                )
+            self._checked = True
+            return
         self._name_silent(list(hooks.layers), found, trainer)
         values = {
             f"{statistic}/{plain_name(name)}": value

@@ -11,7 +11,7 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_curvature.checks import check_interval
-from lightning_curvature.curvature.trajectory import Trajectory, write_whole
+from lightning_curvature.optim.trajectory import Trajectory, write_whole
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
 __all__ = ["TrajectoryLog"]

@@ -11,7 +11,7 @@ subclasses of both would stand in the checkpoints.
 """
 
 from collections.abc import Iterator, Mapping
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.utils.parametrize as parametrization
@@ -55,6 +55,9 @@ class QuantizedWeight(nn.Module):
     scale: Tensor
     positions: Tensor
     like: Tensor
+
+    # Passes need not copy them.
+    fixed_buffers: ClassVar[tuple[str, ...]] = ("codes", "scale", "positions")
 
     def __init__(
         self,

@@ -269,7 +269,7 @@ class CurvatureOptimizer(Optimizer, ABC):
                     "plain loop. (Learning-rate finder runs drop callbacks: use the strategy.)"
                 )
             self.attach(ClosureOracle(self._all_params(), mean=mean_over_ranks))
-            warn_bare_closure(name)
+            warn_bare_closure(name, is_forward_only="forward" in self.asks)
         assert self.oracle is not None
         return self.oracle
 

@@ -169,14 +169,15 @@ class DisplacedOptimizer(CurvatureOptimizer):
             return
         if all(p is not own for own in self._all_params()):
             raise ValueError("The parameter to mask is not one of this optimizer.")
-        before = self.state.pop(p, {})
         if mask is None:
+            self.state.pop(p, None)
             return
         if not _is_mask(mask, p):
             raise ValueError(
                 f"Invalid mask of shape {list(mask.shape)} and dtype {mask.dtype}: must be int64 "
                 f"positions of shape [k] in [0, {p.numel()})."
             )
+        before = self.state.pop(p, {})
         new = mask.to(p.device).sort().values
         self.state[p] = {**_carried(before, p, new), "mask": new}
 

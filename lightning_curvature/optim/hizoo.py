@@ -56,8 +56,8 @@ class HiZOO(ZerothOrderOptimizer):
         params: Parameters to optimize, or parameter groups. Groups with ``first_order=True`` get
             true gradients by a backward, see `MeZO`.
         lr: Learning rate, >= 0. Groups may differ in it and in ``weight_decay``.
-        hessian_smoothing: Weight alpha of a new estimate in H, in [0, 1); 0 is MeZO. Below 1e-8 H
-            cannot move in float32.
+        hessian_smoothing: Weight alpha of a new estimate in H, in [0, 1); 0 is MeZO. Below 3e-8 H
+            can only grow in float32.
         perturbation_scale: Length epsilon of a displacement, per coordinate in the metric; > 0. The
             second difference needs a larger one than the slope.
         num_samples: Directions per step, >= 1, whose estimates are averaged.

@@ -203,12 +203,18 @@ class ClosureOracle(WindowOracle):
         return totals[0] if len(totals) == 1 else torch.stack(totals).sum()
 
 
-def warn_bare_closure(name: str) -> None:
-    """Tell the user what a bare closure cannot give."""
+def warn_bare_closure(name: str, *, is_forward_only: bool = False) -> None:
+    """Tell the user what a bare closure cannot give.
+
+    Args:
+        name: Name of the optimizer.
+        is_forward_only: Whether it asks for losses only.
+    """
+    limits = "" if is_forward_only else "curvature comes from finite differences, and "
+    number = "this limit" if is_forward_only else "both limits"
     warnings.warn(
-        f"{name} has only a closure to ask: curvature comes from finite differences, and "
-        "BatchNorm statistics and metrics see every extra pass. "
-        "optimizer.attach_model(model, loss_fn) removes both limits.",
+        f"{name} has only a closure to ask: {limits}BatchNorm statistics and metrics see every "
+        f"extra pass. optimizer.attach_model(model, loss_fn) removes {number}.",
         RuntimeWarning,
         stacklevel=6,
     )

@@ -180,9 +180,11 @@ class Environment:
             if isinstance(submodule, kinds):
                 environment.metrics.append(submodule)
             slot = submodule._buffers
+            # Of a module that knows which of its buffers no pass writes to.
+            fixed = getattr(submodule, "fixed_buffers", ())
             for name, tensor in slot.items():
                 if tensor is not None:
-                    kept = id(tensor) in skip or _is_fixed(tensor)
+                    kept = name in fixed or id(tensor) in skip or _is_fixed(tensor)
                     value = None if kept else tensor.detach().clone()
                     environment.buffers.append(
                         _Buffer(slot, name, tensor, value, version_of(tensor))

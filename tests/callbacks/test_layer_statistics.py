@@ -124,18 +124,13 @@ def test_only_the_main_pass_counts(contract: Contract) -> None:
             limit_val_batches=0 if route == "none" else 1,
         )
         silent = contract.forward_only and route == "strategy"
-        with pytest.warns(UserWarning, match="activations only") if silent else nullcontext():
+        with pytest.warns(UserWarning, match="nothing to show") if silent else nullcontext():
             trainer.fit(module, loader(vectors()), loader(vectors()))
         found.append(statistics.history)
     plain, other = found
     assert len(plain["step"]) == 1
-    if contract.forward_only:
-        # Of the very parameters, or of those that they are displaced to.
-        for key, values in other.items():
-            assert values == pytest.approx(plain[key], rel=0.1, abs=0.02), key
-        assert plain.keys() - other.keys() == {key for key in plain if "grad" in key}
-    else:
-        assert plain == other
+    # Without a backward layers are not seen.
+    assert other == ({"step": []} if contract.forward_only else plain)
 
 
 class Checkpointed(StockModule):

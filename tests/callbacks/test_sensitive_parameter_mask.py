@@ -28,7 +28,7 @@ from lightning_curvature import (
 from lightning_curvature.callbacks import sensitive_parameter_mask
 from lightning_curvature.callbacks.trajectory_log import TrajectoryLog
 from lightning_curvature.curvature.sensitive import captured_share, largest_entries
-from lightning_curvature.curvature.trajectory_replay import replay_trajectory
+from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from tests.helpers.modules import (
     StockModule,
     conv_module,

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature import list_optimizers
+from lightning_curvature import get_optimizer_info
 from tests.helpers.families import LEFT_OUT, contract_of
+from tests.helpers.optimizer_db import CONTRACTS
 
 WRITE = "--write-compatibility"
 GROUPS = (
@@ -42,7 +43,16 @@ default some tests run with one optimizer per family only; `pytest --every-optim
 - **works**: a test uses the feature, and training goes on as it must.
 - **refused**: the optimizer stops before it can do harm; the message is given.
 - **unchecked**: there is a test, but not on the machine that generated this page.
+
+Variants have no column: {variants}.
 """
+# Optimizers that have a column, and the others with the one they are variants of.
+COLUMNS = [contract.info.cls.__name__ for contract in CONTRACTS if not contract.variant_of]
+VARIANTS = [
+    f"{contract.info.cls.__name__} behaves as {get_optimizer_info(contract.variant_of).cls.__name__}"
+    for contract in CONTRACTS
+    if contract.variant_of
+]
 
 # (group, title, optimizer), and (group, title) -> optimizer -> outcome.
 Key = tuple[str, str, str]
@@ -88,17 +98,16 @@ def rows_of(cells: Mapping[Key, str]) -> Rows:
 
 def render(rows: Rows) -> str:
     """Write the page."""
-    optimizers = [info.cls.__name__ for info in list_optimizers()]
-    text = [HEADER]
+    text = [HEADER.format(variants=", ".join(VARIANTS))]
     for group in GROUPS:
         titles = sorted((title for g, title in rows if g == group), key=str.lower)
         if not titles:
             continue
-        text += [f"## {group}\n", _line("Feature", *optimizers)]
-        text.append(_line(*["---"] * (1 + len(optimizers))))
+        text += [f"## {group}\n", _line("Feature", *COLUMNS)]
+        text.append(_line(*["---"] * (1 + len(COLUMNS))))
         for title in titles:
             row = rows[group, title]
-            text.append(_line(title, *(row.get(optimizer, UNCHECKED) for optimizer in optimizers)))
+            text.append(_line(title, *(row.get(optimizer, UNCHECKED) for optimizer in COLUMNS)))
         text.append("")
     return "\n".join(text).rstrip() + "\n"
 
@@ -311,6 +320,8 @@ def _keys_of(item: pytest.Item) -> list[Key]:
                 f"{item.nodeid}: invalid feature{mark.args}: must be a group, one of {GROUPS}, "
                 "and a title."
             )
+    if contract.variant_of:
+        return []
     return [(*mark.args, contract.info.cls.__name__) for mark in marks]
 
 

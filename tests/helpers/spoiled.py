@@ -13,6 +13,8 @@ from tests.helpers.modules import MakeOptimizer, StockModule
 
 # The gradient is of no use: the step is skipped.
 BAD_GRADIENTS = ("nan batch", "infinite batch", "infinite loss", "nan loss", "nan gradient")
+# Of those, what does not show in the loss: the network saturates, and nothing goes backward.
+GOOD_LOSSES = ("infinite batch", "nan gradient")
 # Only an extra pass shows it.
 BAD_EXTRA = ("nan in the first extra pass", "nan in the last", "infinite in the last")
 

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature.curvature.trajectory import Trajectory
-from lightning_curvature.curvature.trajectory_replay import replay_trajectory
+from lightning_curvature.optim.trajectory import Trajectory
+from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from tests.helpers.optimizer_db import identical
 

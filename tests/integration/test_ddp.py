@@ -119,6 +119,9 @@ def test_compressed_gradients(contract: Contract, hook: str, ranks: RankPool) ->
     assert_same_on_all(outcomes)
     first, exact = outcomes[0], fit(contract, **settings)
     assert first.warnings == []
+    if contract.forward_only:  # no gradients, no wrapper
+        assert deviation(first, exact) < 1e-12
+        return
     assert deviation(first, exact) > 1e-9, "the hook was not used"
     if contract.sampler is None:  # other gradients may lead to other labels
         assert deviation(first, exact) < 0.2

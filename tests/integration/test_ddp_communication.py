@@ -26,6 +26,9 @@ STEPS = 6
 BATCH = 8
 ROUTES = {"strategy": "ddp_curvature", "auto": "ddp"}
 MAX_BYTES = 100
+# Numbers of one step: at most three losses in double precision.
+ONE_DIRECTION = {"num_samples": 1}
+MAX_BYTES_FORWARD = 64
 
 Collective = tuple[str, int]  # name, bytes
 
@@ -108,7 +111,12 @@ def listen(make_optimizer: MakeOptimizer, strategy: str, accumulate: int) -> lis
 
 
 def beyond_ddp(
-    ranks: RankPool, make_optimizer: MakeOptimizer, route: str, accumulate: int = 1
+    ranks: RankPool,
+    make_optimizer: MakeOptimizer,
+    route: str,
+    accumulate: int = 1,
+    *,
+    forward_only: bool = False,
 ) -> list[tuple[list[Collective], bool]]:
     """Return what each step sent that AdamW's did not, the same on both ranks, and who asked."""
     own, other = ranks.run(listen, make_optimizer, ROUTES[route], accumulate)
@@ -118,7 +126,11 @@ def beyond_ddp(
     assert all(sum(step.sent.values()) >= 1 for step in plain), "the gradient was not heard"
     found = []
     for step, rival in zip(own, plain, strict=True):
-        assert not rival.sent - step.sent
+        unsent = [name for name, _ in (rival.sent - step.sent).elements()]
+        if forward_only:  # no gradient, and no wrapper that would agree on its buckets at first
+            assert [name for name in unsent if name != "c10d::broadcast_"] == ["c10d::allreduce_"]
+        else:
+            assert not unsent
         found.append((list((step.sent - rival.sent).elements()), step.asked))
     return found
 
@@ -139,6 +151,10 @@ def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> Non
     for number, (sent, asked) in enumerate(steps):
         assert asked or not sent
         assert all(name == "c10d::allreduce_" for name, _ in sent)
+        if contract.forward_only:
+            assert len(sent) == 1
+            assert sent[0][1] <= MAX_BYTES_FORWARD
+            continue
         # Before the first answer the ranks agree once whether a loss function was seen.
         assert len(sent) <= max_collectives(contract) + (number == 0)
         if contract.info.asks <= {"loss", "directional"}:
@@ -156,24 +172,28 @@ def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> Non
 def test_questions_cost_few_small_collectives(
     contract: Contract, route: str, ranks: RankPool
 ) -> None:
-    check(beyond_ddp(ranks, contract.making(), route), contract)
+    make = contract.making(**contract.known(ONE_DIRECTION))
+    check(beyond_ddp(ranks, make, route, forward_only=contract.forward_only), contract)
 
 
 @every_family
 @pytest.mark.feature("Distributed", "Communication: at most 2 collectives per step, K-FAC 3")
 def test_accumulation_costs_no_more(contract: Contract, ranks: RankPool) -> None:
-    check(beyond_ddp(ranks, contract.making(), "strategy", accumulate=3), contract)
+    make = contract.making(**contract.known(ONE_DIRECTION))
+    steps = beyond_ddp(ranks, make, "strategy", accumulate=3, forward_only=contract.forward_only)
+    check(steps, contract)
 
 
 @every_family
 @pytest.mark.feature("Distributed", "Communication: none on steps that ask nothing")
 def test_steps_that_ask_nothing_send_nothing(contract: Contract, ranks: RankPool) -> None:
     intervals = dict.fromkeys(contract.intervals, 3)
-    options: dict[str, Any] = {**intervals}
+    options: dict[str, Any] = {**contract.known(ONE_DIRECTION), **intervals}
     if contract.takes("factor_warmup"):
         # It adapts its damping at the end of an interval, not where it starts.
         options |= {"factor_warmup": 0, "damping_algorithm": "fixed"}
-    steps = beyond_ddp(ranks, contract.making(**options), "strategy")
+    make = contract.making(**options)
+    steps = beyond_ddp(ranks, make, "strategy", forward_only=contract.forward_only)
     check(steps, contract)
     if intervals:
         assert [asked for _, asked in steps] == [True, False, False] * (STEPS // 3)

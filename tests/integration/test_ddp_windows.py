@@ -12,7 +12,7 @@ from tests.helpers.modules import vectors
 from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.rank_callbacks import Gradients
 from tests.helpers.ranks import RankPool
-from tests.helpers.two_ranks import compare, deviation, fit
+from tests.helpers.two_ranks import compare, deviation, failure, fit
 
 pytestmark = [pytest.mark.ddp]
 
@@ -61,8 +61,16 @@ def test_accumulation_scheduler(contract: Contract, route: str, ranks: RankPool)
 @every_family
 @pytest.mark.parametrize("route", ["strategy", "callback"])
 @pytest.mark.feature(GROUP, '`window="last"`')
-def test_curvature_of_the_last_micro_batch(contract: Contract, route: str, ranks: RankPool) -> None:
-    settings = {"route": route, "accumulate_grad_batches": 2, "max_epochs": 2}
+def test_curvature_of_the_last_micro_batch(
+    contract: Contract, route: str, ranks: RankPool, refused: Any
+) -> None:
+    settings: dict[str, Any] = {"route": route, "accumulate_grad_batches": 2, "max_epochs": 2}
+    if contract.forward_only:
+        message = "knows of the data only what it asks"
+        texts = ranks.run(failure, fit, contract, window="last", **settings)
+        assert all(message in text for text in texts)
+        refused(f"{contract.info.cls.__name__} {message}.")
+        return
     last, _, _ = compare(ranks, fit, contract, window="last", **settings)
     if contract.needs_known_loss:
         assert deviation(last, fit(contract, **settings)) > 1e-6
@@ -74,6 +82,8 @@ def test_the_last_micro_batch_stands_for_all(contract: Contract, ranks: RankPool
     """Micro-batches that are alike, 2 + 2 + 1 of them: one is as good as all, also in the end."""
     if contract.sampler is not None:
         pytest.skip("draws for each of them")
+    if contract.forward_only:
+        pytest.skip("is refused")
     x, y = vectors(24).tensors
     repeated = [torch.cat([t[:8], t[:8], t[8:16], t[8:16], t[16:]]) for t in (x, y)]
     settings: dict[str, Any] = {
@@ -93,6 +103,10 @@ def test_gradient_clipping(
     contract: Contract, algorithm: str, route: str, accumulate: int, ranks: RankPool
 ) -> None:
     settings = {**CLIPPING[algorithm], "accumulate_grad_batches": accumulate, "max_epochs": 2}
+    if contract.forward_only:
+        # Nothing to clip on either rank; see test_features_gradients.py.
+        compare(ranks, fit, contract, route=route, **settings)
+        return
     outcomes = compare(ranks, fit, contract, route=route, callbacks=[Gradients()], **settings)
     limit = settings["gradient_clip_val"]
     measure = {"norm": "norm", "value": "entry"}[algorithm]

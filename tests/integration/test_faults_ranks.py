@@ -16,8 +16,8 @@ from tests.helpers.faults import assert_finite
 from tests.helpers.modules import MakeOptimizer
 from tests.helpers.optimizer_db import Contract, every_optimizer
 from tests.helpers.ranks import RankPool, world
-from tests.helpers.spoiled import BAD_EXTRA, BAD_GRADIENTS, SpoiledModule, Spoiler
-from tests.helpers.two_ranks import Outcome, assert_same_on_all, fit
+from tests.helpers.spoiled import BAD_EXTRA, BAD_GRADIENTS, GOOD_LOSSES, SpoiledModule, Spoiler
+from tests.helpers.two_ranks import Outcome, assert_same_on_all, failure, fit
 
 pytestmark = pytest.mark.ddp
 
@@ -67,7 +67,9 @@ def assert_survived(outcomes: list[Outcome], contract: Contract, skipped: int) -
     assert_same_on_all(outcomes)
     for outcome in outcomes:
         good = [loss for loss in outcome.losses if torch.tensor(loss).isfinite()]
-        assert sum(good[-PER_EPOCH:]) < 0.95 * sum(good[:PER_EPOCH])
+        # Along a few directions twenty steps do not learn random labels, but nor do they diverge.
+        factor = 1.05 if contract.forward_only else 0.95
+        assert sum(good[-PER_EPOCH:]) < factor * sum(good[:PER_EPOCH])
         if "skipped_steps" in outcome.stats:
             assert outcome.stats["skipped_steps"] == skipped
             told = f"{contract.info.cls.__name__} skipped"
@@ -80,7 +82,8 @@ def assert_survived(outcomes: list[Outcome], contract: Contract, skipped: int) -
 def test_one_bad_batch(contract: Contract, kind: str, ranks: RankPool) -> None:
     """The gradients are averaged, so the step is skipped on both ranks."""
     outcomes = ranks.run(spoiled_fit, contract, kind)
-    assert_survived(outcomes, contract, len(BAD))
+    unseen = contract.forward_only and kind in GOOD_LOSSES
+    assert_survived(outcomes, contract, 0 if unseen else len(BAD))
 
 
 @every_family
@@ -101,7 +104,8 @@ def test_one_bad_extra_pass(
 ) -> None:
     """Curvature and new loss are averaged too."""
     outcomes = ranks.run(spoiled_fit, contract, kind, directional=directional)
-    skipped = len(BAD) if contract.runs_again and kind == BAD_EXTRA[0] else 0
+    needed = contract.forward_only or kind == BAD_EXTRA[0]
+    skipped = len(BAD) if contract.runs_again and needed else 0
     assert_survived(outcomes, contract, skipped)
 
 
@@ -178,8 +182,14 @@ def scaled_fit(contract: Contract, route: str) -> Outcome:
 @every_family
 @pytest.mark.parametrize("route", ROUTES[:2])
 @pytest.mark.feature("Faults", "GradScaler overflow on one rank only")
-def test_scaler_overflow(contract: Contract, route: str, ranks: RankPool) -> None:
+def test_scaler_overflow(contract: Contract, route: str, ranks: RankPool, refused: Any) -> None:
     """The scaler leaves the step out on both ranks, and halves its scale on both."""
+    if contract.forward_only:
+        message = f"{contract.info.cls.__name__} re-evaluates the loss, which 16-mixed precision"
+        texts = ranks.run(failure, scaled_fit, contract, route)
+        assert all(message in text for text in texts)
+        refused(f"{message} cannot do.")
+        return
     outcomes = ranks.run(scaled_fit, contract, route)
     assert_survived(outcomes, contract, 0)
     scales = outcomes[0].seen["scales"]

@@ -97,7 +97,7 @@ def test_watching_changes_nothing(contract: Contract, name: str, tmp_path: Any) 
     if name == "CurvatureMonitor" and not contract.info.asks:
         pytest.skip("has nothing to watch")
     told = (
-        pytest.warns(UserWarning, match="LayerStatistics sees activations only")
+        pytest.warns(UserWarning, match="LayerStatistics has nothing to show")
         if name == "LayerStatistics" and contract.forward_only
         else nullcontext()
     )

@@ -154,10 +154,12 @@ def test_a_bare_closure_trains_and_says_what_it_lacks(contract: Contract) -> Non
         loss.backward()
         return loss
 
+    without_backward = contract.forward_only
+    derivatives = "" if without_backward else "curvature comes from finite differences, and "
     text = (
-        f"{contract.info.cls.__name__} has only a closure to ask: curvature comes from finite "
-        "differences, and BatchNorm statistics and metrics see every extra pass. "
-        "optimizer.attach_model(model, loss_fn) removes both limits."
+        f"{contract.info.cls.__name__} has only a closure to ask: {derivatives}BatchNorm "
+        "statistics and metrics see every extra pass. optimizer.attach_model(model, loss_fn) "
+        f"removes {'this limit' if without_backward else 'both limits'}."
     )
     with pytest.warns(RuntimeWarning, match=f"^{re.escape(text)}$") as record:
         losses = [optimizer.step(closure).item() for _ in range(30)]

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.curvature.perturbation import STREAM_VERSION
-from lightning_curvature.curvature.trajectory_changes import checksum
+from lightning_curvature.optim.trajectory_changes import checksum
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
 __all__ = ["Recorder", "TakenStep", "checksums", "describe", "mask_of", "refuse_unloggable"]

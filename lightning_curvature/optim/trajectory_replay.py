@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_curvature.curvature.perturbation import STREAM_VERSION, Directions, NoiseSource
-from lightning_curvature.curvature.trajectory import LoggedStep, Trajectory, zeroth_order
-from lightning_curvature.curvature.trajectory_recorder import checksums, describe, mask_of
+from lightning_curvature.optim.trajectory import LoggedStep, Trajectory, zeroth_order
+from lightning_curvature.optim.trajectory_recorder import checksums, describe, mask_of
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 
 __all__ = ["replay_trajectory"]

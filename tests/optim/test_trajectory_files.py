@@ -1,4 +1,4 @@
-"""Tests of lightning_curvature/curvature/trajectory*.py: what is refused, and files."""
+"""Tests of lightning_curvature/optim/trajectory*.py: what is refused, and files."""
 
 from pathlib import Path
 from typing import Any
@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.curvature.trajectory import Trajectory
-from lightning_curvature.curvature.trajectory_changes import Changes, checksum
-from lightning_curvature.curvature.trajectory_replay import replay_trajectory
 from lightning_curvature.optim.mezo import MeZO
 from lightning_curvature.optim.sophiag import SophiaG
+from lightning_curvature.optim.trajectory import Trajectory
+from lightning_curvature.optim.trajectory_changes import Changes, checksum
+from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.optim.zo_conservative import ZOConservative
 from lightning_curvature.optim.zo_momentum import ZOMomentum
 from tests.helpers.optimizer_db import identical
@@ -194,7 +194,7 @@ def test_bytes_per_step(tmp_path: Path) -> None:
 
 
 def test_answers_are_read_in_portions(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_curvature.curvature.trajectory._WAITING", 3)
+    monkeypatch.setattr("lightning_curvature.optim.trajectory._WAITING", 3)
     run = Run(ZOConservative)
     run.train(7)
     run.check()

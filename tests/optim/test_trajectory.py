@@ -1,4 +1,4 @@
-"""Tests of lightning_curvature/curvature/trajectory*.py."""
+"""Tests of lightning_curvature/optim/trajectory*.py."""
 
 import copy
 import pickle
@@ -9,12 +9,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.curvature.trajectory import Trajectory
-from lightning_curvature.curvature.trajectory_replay import replay_trajectory
 from lightning_curvature.optim.forward_gradient import ForwardGradient
 from lightning_curvature.optim.hizoo import HiZOO
 from lightning_curvature.optim.hizool import HiZOOL
 from lightning_curvature.optim.mezo import MeZO
+from lightning_curvature.optim.trajectory import Trajectory
+from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.optim.zo_adam import ZOAdam
 from lightning_curvature.optim.zo_conservative import ZOConservative
 from lightning_curvature.optim.zo_momentum import ZOMomentum

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.curvature.trajectory_changes import Changes, checksum
-from lightning_curvature.curvature.trajectory_recorder import (
+from lightning_curvature.optim.trajectory_changes import Changes, checksum
+from lightning_curvature.optim.trajectory_recorder import (
     Recorder,
     TakenStep,
     checksums,
