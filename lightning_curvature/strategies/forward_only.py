@@ -1,5 +1,6 @@
 """What a Trainer does only for a backward, left out where there is none."""
 
+import functools
 from typing import Any
 
 import lightning.pytorch as pl
@@ -16,9 +17,10 @@ __all__ = ["ForwardOnly"]
 class ForwardOnly:
     """Changes a Trainer for an optimizer that needs no backward, until `undo`.
 
-    The module's ``backward`` does nothing, while all hooks around it are called as always. The
-    wrapper for data parallel training is taken away, or built anew for what still has a gradient:
-    it keeps buffers as large as the parameters, and has no gradients to average.
+    The backward does nothing, while all hooks around it are called as always. The module is left
+    alone: copies of it, such as averages, may be trained by something else. The wrapper for data
+    parallel training is taken away, or built anew for what still has a gradient: it keeps buffers
+    as large as the parameters, and has no gradients to average.
 
     Args:
         trainer: The Trainer, after its strategy was set up.
@@ -27,16 +29,24 @@ class ForwardOnly:
 
     def __init__(self, trainer: pl.Trainer, optimizer: ZerothOrderOptimizer) -> None:
         self._module = trainer.lightning_module
-        is_hybrid = optimizer.has_gradients
+        self._plugin = trainer.strategy.precision_plugin
         if len(trainer.strategy.optimizers) > 1:
             return  # another one has gradients
-        if not is_hybrid:
-            self._module.__dict__["backward"] = _nothing
-            if trainer.gradient_clip_val:
-                rank_zero_warn(
-                    f"gradient_clip_val={trainer.gradient_clip_val} has no effect: "
-                    f"{type(optimizer).__name__} has no gradients. Use its max_projected_grad."
-                )
+        is_hybrid = optimizer.has_gradients
+        backward = self._plugin.backward
+
+        @functools.wraps(backward)
+        def only_if_needed(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
+            # Asked every time: a group that has gradients may thaw, or come later.
+            if optimizer.has_gradients:
+                backward(tensor, *args, **kwargs)
+
+        self._plugin.__dict__["backward"] = only_if_needed
+        if trainer.gradient_clip_val and not is_hybrid:
+            rank_zero_warn(
+                f"gradient_clip_val={trainer.gradient_clip_val} has no effect: "
+                f"{type(optimizer).__name__} has no gradients. Use its max_projected_grad."
+            )
         strategy = trainer.strategy
         wrapped = isinstance(strategy, DDPStrategy) and isinstance(
             strategy.model, DistributedDataParallel
@@ -51,12 +61,8 @@ class ForwardOnly:
                 strategy.configure_ddp()
 
     def undo(self) -> None:
-        """Give the module its ``backward`` back."""
-        self._module.__dict__.pop("backward", None)
-
-
-def _nothing(loss: Tensor, *args: Any, **kwargs: Any) -> None:
-    """Stand for a backward."""
+        """Give the precision plugin its ``backward`` back."""
+        self._plugin.__dict__.pop("backward", None)
 
 
 def _has_running_statistics(module: nn.Module) -> bool:

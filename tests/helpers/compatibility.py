@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from lightning_curvature import get_optimizer_info
 from tests.helpers.families import LEFT_OUT, contract_of
 from tests.helpers.optimizer_db import CONTRACTS
 
@@ -48,8 +47,9 @@ Variants have no column: {variants}.
 """
 # Optimizers that have a column, and the others with the one they are variants of.
 COLUMNS = [contract.info.cls.__name__ for contract in CONTRACTS if not contract.variant_of]
+_CLASSES = {contract.info.name: contract.info.cls.__name__ for contract in CONTRACTS}
 VARIANTS = [
-    f"{contract.info.cls.__name__} behaves as {get_optimizer_info(contract.variant_of).cls.__name__}"
+    f"{_CLASSES[contract.info.name]} behaves as {_CLASSES[contract.variant_of]}"
     for contract in CONTRACTS
     if contract.variant_of
 ]

@@ -190,8 +190,7 @@ def scene(module: nn.Module) -> dict[str, Any]:
             for path, part in module.named_modules()
             for kind in HOOKS
         },
-        # The backward is away for as long as an optimizer is attached that needs none.
-        "methods": sorted({name for name, value in own.items() if callable(value)} - {"backward"}),
+        "methods": sorted(name for name, value in own.items() if callable(value)),
         "metrics": {
             name: {
                 **{key: value.clone() for key, value in metric.metric_state.items()},

@@ -73,7 +73,11 @@ class Reference:
                 direction_seed(self.seed, step, sample, index)
             )
             if self.options.get("distribution") == "rademacher":
-                z = torch.empty_like(p).random_(0, 2, generator=generator) * 2 - 1
+                words = torch.empty(-(-p.numel() // 64), dtype=torch.int64)
+                octets = words.random_(-(2**63), None, generator=generator).view(torch.uint8)
+                bits = [(int(octet) >> place) & 1 for octet in octets for place in range(8)]
+                signs = torch.tensor(bits[: p.numel()]).to(p.dtype) * 2 - 1
+                z = signs.view(p.shape)
             else:
                 z = torch.empty_like(p).normal_(generator=generator)
             drawn.append(z.detach())
