@@ -4,6 +4,7 @@ import functools
 from typing import Any
 
 import lightning.pytorch as pl
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -38,8 +39,15 @@ class ForwardOnly:
         @functools.wraps(backward)
         def only_if_needed(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
             # Asked every time: a group that has gradients may thaw, or come later.
-            if optimizer.has_gradients:
-                backward(tensor, *args, **kwargs)
+            if not optimizer.has_gradients:
+                return
+            if not is_hybrid and trainer.world_size > 1:
+                raise MisconfigurationException(
+                    "Groups with first_order=True had nothing to train when the fit began, so no "
+                    "wrapper averages their gradients over the processes. Let their parameters "
+                    "require a gradient from the start, or train in one process."
+                )
+            backward(tensor, *args, **kwargs)
 
         self._plugin.__dict__["backward"] = only_if_needed
         if trainer.gradient_clip_val and not is_hybrid:

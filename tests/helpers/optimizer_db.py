@@ -171,7 +171,7 @@ ZEROTH: dict[str, Any] = {"lr": 0.2, "num_samples": 4}
 # H moves, and second differences are above the round-off of float32.
 HIZOO: dict[str, Any] = {
     "lr": 0.1,
-    "num_samples": 8,
+    "num_samples": 6,
     "perturbation_scale": 0.01,
     "hessian_smoothing": 1e-3,
 }

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, TensorDataset
 
 from tests.helpers.families import every_family
-from tests.helpers.modules import StockModule, vectors
+from tests.helpers.modules import MakeOptimizer, StockModule, vectors
 from tests.helpers.optimizer_db import Contract
 from tests.helpers.plain_loop import Loop, classification, network
 from tests.helpers.probing import ROUTES, make_trainer
@@ -34,6 +34,15 @@ GLOO_SLACK = 64
 # Whoever averages vectors or factors sends some of the size of all parameters and more, which would
 # be 40 kB and more.
 GLOO_VECTOR_SLACK = 1024
+
+# Nothing has to be learned here.
+QUICK = {"num_samples": 1}
+
+
+def quick(contract: Contract) -> MakeOptimizer:
+    """Return what makes the optimizer with as few passes as may be."""
+    make: MakeOptimizer = contract.making(**contract.known(QUICK))
+    return make
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +89,7 @@ PLAIN: dict[str, dict[str, Any]] = {
 def test_plain_loop(contract: Contract, case: str) -> None:
     settings = PLAIN[case]
     window, bad = settings.get("window", 1), settings.get("bad", False)
-    loop = Loop(network(), contract.make, directional=settings["directional"])
+    loop = Loop(network(), quick(contract), directional=settings["directional"])
     (x, y), *_ = classification(1)
     counts = []
     with Storages() as storages:
@@ -159,7 +168,7 @@ def watched_fit(
 ) -> tuple[list[int], list[int], list[int]]:
     """Train for some steps and return peaks, levels, and numbers of tensors."""
     settings.update(for_all_ranks(route, settings), use_distributed_sampler=False)
-    module = build(contract, {})
+    module = build(contract, contract.known(QUICK))
     storages = Storages()
     watch = Watch(storages)
     trainer = make_trainer(route, callbacks=[watch], accumulate_grad_batches=windows, **settings)
@@ -256,7 +265,7 @@ def test_nothing_is_kept_after_a_fit(contract: Contract, route: str, fails: bool
 @every_family
 def test_nothing_is_kept_of_a_plain_loop(contract: Contract) -> None:
     """Also if the user never called ``detach``."""
-    loop = Loop(network(), contract.make)
+    loop = Loop(network(), quick(contract))
     loop.train(classification(3))
     things: list[Any] = [loop.model, loop.optimizer, next(loop.model.parameters())]
     watched = [weakref.ref(thing) for thing in things]
