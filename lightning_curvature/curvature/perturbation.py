@@ -16,7 +16,15 @@ from torch import Tensor
 
 from lightning_curvature.vectors import scalar_dtype
 
-__all__ = ["STREAM_VERSION", "Directions", "Distribution", "NoiseSource", "Piece", "direction_seed"]
+__all__ = [
+    "STREAM_VERSION",
+    "Directions",
+    "Distribution",
+    "NoiseSource",
+    "Piece",
+    "direction_seed",
+    "put_entries",
+]
 
 Distribution = Literal["normal", "rademacher", "sphere"]
 # Called with (step, sample, index of the parameter, the parameter); returns the noise of the whole
@@ -252,7 +260,7 @@ class Directions:
             yield Piece([position], [values], [noise])
         finally:
             if write:
-                p.put_(mask, values)
+                put_entries(p, mask, values)
 
     def _stream(self, step: int, sample: int, position: int) -> torch.Generator | Tensor:
         """Return what the noise of a parameter is drawn from: a generator, or all of it at once."""
@@ -282,6 +290,20 @@ class Directions:
                     _draw_signs(chunk, draws)
                 else:
                     chunk.normal_(generator=draws)
+
+
+def put_entries(tensor: Tensor, positions: Tensor, values: Tensor) -> None:
+    """Write entries of a tensor. Not ``put_``, which deterministic algorithms refuse.
+
+    Args:
+        tensor: Changed in place.
+        positions: Positions in the flattened tensor, without repetition.
+        values: One per position, of the dtype of the tensor.
+    """
+    if tensor.is_contiguous():
+        tensor.view(-1).index_copy_(0, positions, values)
+    else:
+        tensor.index_put_(torch.unravel_index(positions, tensor.shape), values)
 
 
 def _draw_signs(out: Tensor, generator: torch.Generator) -> None:

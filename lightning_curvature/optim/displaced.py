@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lightning_curvature.curvature.perturbation import Directions, NoiseSource, Piece
+from lightning_curvature.curvature.rounding import stochastic_round
 from lightning_curvature.optim.base import CurvatureOptimizer
 from lightning_curvature.optim.displacement import Displacement
 from lightning_curvature.optim.zeroth_arguments import check_zeroth_order
@@ -128,7 +129,17 @@ class DisplacedOptimizer(CurvatureOptimizer):
         )
         if self._displacement is None or built_for != self._built_for:
             if not params:
-                raise RuntimeError(f"{type(self).__name__} has no parameter that requires a grad.")
+                raise RuntimeError(
+                    f"{type(self).__name__} has nothing to train: every parameter is frozen, has "
+                    "an empty mask, or is in a group with first_order=True. Unfreeze some, or call "
+                    "set_mask(p, None)."
+                )
+            devices = sorted({str(p.device) for p in params})
+            if len(devices) > 1:
+                raise RuntimeError(
+                    f"{type(self).__name__} needs all its parameters on one device, got "
+                    f"{', '.join(devices)}."
+                )
             directions = Directions(
                 params,
                 [self._index(p) for p in params],
@@ -175,7 +186,7 @@ class DisplacedOptimizer(CurvatureOptimizer):
         if not _is_mask(mask, p):
             raise ValueError(
                 f"Invalid mask of shape {list(mask.shape)} and dtype {mask.dtype}: must be int64 "
-                f"positions of shape [k] in [0, {p.numel()})."
+                f"positions of shape [k] in [0, {p.numel()}), none of them twice."
             )
         before = self.state.pop(p, {})
         new = mask.to(p.device).sort().values
@@ -345,7 +356,12 @@ class DisplacedOptimizer(CurvatureOptimizer):
             if p.grad is None:
                 continue
             half = is_half(p)
+            mode = self.param_groups[0]["half_precision"]
             value = p.detach().float() if half else p.detach()
+            if half and mode == "master":
+                master = self.state[p].setdefault("master", value.clone())
+                # Somebody else has changed some since: loaded weights, say.
+                value = master.copy_(torch.where(master.to(p.dtype) == p, master, value))
             grad = p.grad.float() if half else p.grad.clone()
             finite = torch.isfinite(grad).all()
             grad.masked_fill_(~finite, 0.0)
@@ -353,6 +369,9 @@ class DisplacedOptimizer(CurvatureOptimizer):
             self._advance([p], usable)
             grad = -grad if self.param_groups[0]["maximize"] else grad
             self._rule(group, _Whole(p), [value], [grad], usable)
+            if half and mode == "stochastic":
+                key = ("rounding", int(self.param_groups[0]["seed"]), self._steps_done)
+                value = stochastic_round(value, p.dtype, stream(p.device, *key, self._index(p)))
             if half:
                 p.copy_(value)
 
@@ -420,7 +439,9 @@ def _is_mask(mask: Any, p: Tensor) -> bool:
     """Tell whether something holds positions in a flattened parameter."""
     if not isinstance(mask, Tensor) or mask.dtype != torch.int64 or mask.is_meta:
         return False
-    return mask.ndim == 1 and not bool(((mask < 0) | (mask >= p.numel())).any())
+    if mask.ndim != 1 or bool(((mask < 0) | (mask >= p.numel())).any()):
+        return False
+    return len(torch.unique(mask)) == len(mask)
 
 
 @contextmanager

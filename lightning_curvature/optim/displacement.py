@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_curvature.curvature.perturbation import Directions, Piece
+from lightning_curvature.curvature.perturbation import Directions, Piece, put_entries
 from lightning_curvature.optim.zeroth_storage import Storage
+from lightning_curvature.oracle.extra_pass import version_of
 
 __all__ = ["Displacement", "Point"]
 
@@ -92,10 +93,11 @@ class Displacement:
         parts = {i: params[i].new_zeros(self.directions.shape(i)) for i in positions}
         for piece in self.directions.sweep(self.step, sample, positions, write=False):
             torch._foreach_copy_(piece.of([parts[i] for i in piece.positions]), piece.noise)
-        return [
-            parts[i] if i not in masks else torch.zeros_like(params[i]).put_(masks[i], parts[i])
-            for i in positions
-        ]
+        found = dict(parts)
+        for i in parts.keys() & masks.keys():
+            found[i] = torch.zeros_like(params[i])
+            put_entries(found[i], masks[i], parts[i])
+        return list(found.values())
 
     def go(self, point: Point) -> None:
         """Displace the parameters to a point.
@@ -127,12 +129,14 @@ class Displacement:
     def _shift(
         self, sample: int, positions: list[int], old: float | Tensor, new: float | Tensor
     ) -> None:
-        done = 0
+        done, present = 0, None
         try:
             for piece in self.sweep(sample, positions):
+                present = (piece.values[0], version_of(piece.values[0]))
                 self.storage.shift(piece, self._displacing(piece), new, old)
-                done += 1
+                done, present = done + 1, None
         except BaseException:
+            done += _has_changed(present)
             # An interrupt, say. What has moved goes back, so that all is where ``away`` says.
             for piece in islice(self.sweep(sample, positions), done):
                 self.storage.shift(piece, self._displacing(piece), old, new)
@@ -166,16 +170,18 @@ class Displacement:
             self.directions.sweep(self.step, sample, positions, write=sample == 0)
             for sample in range(num_samples)
         ]
-        done, is_complete = 0, False
+        done, present, is_complete = 0, None, False
         try:
             for pieces in zip(*sweeps, strict=True):
                 if away is not None:
                     moved = self._displacing(pieces[away.sample])
+                    present = (pieces[0].values[0], version_of(pieces[0].values[0]))
                     self.storage.shift(pieces[0], moved, 0.0, away.coefficient)
-                done += 1
+                done, present = done + 1, None
                 yield pieces
             is_complete = True
         finally:
+            done += _has_changed(present)
             # Before others look: what masked parameters hold is written when a sweep goes on.
             for sweep in sweeps:
                 sweep.close()
@@ -191,3 +197,8 @@ class Displacement:
         self.blocks[block] = [i for i in self.blocks[block] if i not in gone]
         if not self.blocks[block]:
             self.away = None
+
+
+def _has_changed(present: tuple[Tensor, int] | None) -> bool:
+    """Tell whether values moved though an interrupt came before that was noted."""
+    return present is not None and version_of(present[0]) != present[1]

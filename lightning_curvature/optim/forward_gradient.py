@@ -113,7 +113,8 @@ class ForwardGradient(ZerothOrderOptimizer):
         slopes = []
         for sample in range(int(self.param_groups[0]["num_samples"])):
             whole = moving.whole(sample, members)
-            slopes.append(passes.slope(whole, params))
+            with self._precisely():
+                slopes.append(passes.slope(whole, params))
         loss = self._loss_at(passes, None)
         return [loss, *[slope.to(loss) for slope in slopes]]
 

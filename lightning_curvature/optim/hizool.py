@@ -42,8 +42,8 @@ class HiZOOL(HiZOO):
         params: Parameters to optimize, or parameter groups. Groups with ``first_order=True`` get
             true gradients by a backward, see `MeZO`.
         lr: Learning rate, >= 0. Groups may differ in it and in ``weight_decay``.
-        hessian_smoothing: Weight alpha of a new estimate in H, in [0, 1); 0 is MeZO. Below 1e-8 H
-            cannot move in float32.
+        hessian_smoothing: Weight alpha of a new estimate in H, in [0, 1); 0 is MeZO. Below 3e-8 H
+            can only grow in float32.
         perturbation_scale: Length epsilon of a displacement, per coordinate in the metric; > 0. The
             second difference needs a larger one than the slope.
         num_samples: Directions per step, >= 1, whose estimates are averaged.
@@ -128,7 +128,7 @@ class HiZOOL(HiZOO):
             state = self.state[p]
             if self._is_factored(p):
                 rows, columns = state["hess_rows"], state["hess_cols"]
-                cells = _outer(piece, rows / rows.mean(), columns)
+                cells = _outer(piece, rows / rows.mean(), columns).clamp_(*self._limits())
                 found.append(cells.view(piece.noise[i].shape))
             else:
                 found.append(piece.of([state["hess_diag"]])[0])

@@ -6,7 +6,12 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from lightning_curvature.curvature.perturbation import STREAM_VERSION, Directions, NoiseSource
+from lightning_curvature.curvature.perturbation import (
+    STREAM_VERSION,
+    Directions,
+    NoiseSource,
+    put_entries,
+)
 from lightning_curvature.optim.trajectory import LoggedStep, Trajectory, zeroth_order
 from lightning_curvature.optim.trajectory_recorder import checksums, describe, mask_of
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
@@ -191,5 +196,5 @@ class _CpuNoise:
             if mask is None:
                 piece.of([whole])[0].copy_(piece.noise[0])
             else:
-                whole.put_(mask.cpu(), piece.noise[0])
+                put_entries(whole, mask.cpu(), piece.noise[0])
         return whole.to(param.device)

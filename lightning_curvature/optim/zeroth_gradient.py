@@ -15,6 +15,7 @@ from lightning_curvature.curvature.perturbation import Piece
 from lightning_curvature.optim.displacement import Point
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.optim.zeroth_passes import Passes
+from lightning_curvature.vectors import scalar_dtype
 
 __all__ = ["ZerothGradientOptimizer", "step_"]
 
@@ -83,10 +84,12 @@ class ZerothGradientOptimizer(ZerothOrderOptimizer):
             return
         params = self.directions.params
         if self.param_groups[0]["layer_scale"] == "parameter_norm":
-            norms = torch.stack([torch.linalg.vector_norm(p.detach().double()) for p in params])
+            dtype = scalar_dtype(params)
+            norms = torch.stack([torch.linalg.vector_norm(p.detach(), dtype=dtype) for p in params])
         else:
             norms = self._gradient_norms(passes)
-        sizes = torch.tensor([p.numel() for p in params], dtype=norms.dtype, device=norms.device)
+        entries = [self.directions.shape(i).numel() for i in range(len(params))]
+        sizes = torch.tensor(entries, dtype=norms.dtype, device=norms.device)
         # Factors that leave the mean square of all entries of the perturbation as it is.
         norms = norms.clamp_min(norms.max() * 1e-3).clamp_min(_TINY)
         factors = ((sizes / norms.square()).sum() / sizes.sum()).rsqrt() / norms
@@ -96,6 +99,9 @@ class ZerothGradientOptimizer(ZerothOrderOptimizer):
     def _gradient_norms(self, passes: Passes) -> Tensor:
         """Estimate the norm of the gradient of each tensor from a perturbation of it alone."""
         moving, length = self._begin(), self._length()
+        # Old scales would be measured along with the gradient.
+        for p in moving.directions.params:
+            self.state[p].pop("layer_scale", None)
         blocks, moving.blocks = moving.blocks, [[i] for i in range(len(moving.directions.params))]
         losses = []
         try:
@@ -111,7 +117,7 @@ class ZerothGradientOptimizer(ZerothOrderOptimizer):
             above, below = averages.view(-1, 2).unbind(1)
             return ((above - below) / (2 * length)).abs(), averages.mean()
 
-        return passes.settle(losses, read)[0].nan_to_num(0.0)
+        return passes.settle(losses, read)[0].nan_to_num(0.0, posinf=0.0)
 
     def _displacing(self, piece: Piece) -> list[Tensor]:
         factors = self._factors(piece)

@@ -29,6 +29,7 @@ from lightning_curvature.optim.zeroth_passes import LivePasses, Passes, Recorded
 from lightning_curvature.optim.zeroth_storage import is_half
 from lightning_curvature.oracle.full_precision import FullPrecisionLosses
 from lightning_curvature.oracle.protocol import MissingCapabilityError, Oracle
+from lightning_curvature.oracle.window import DirectionalMethod
 from lightning_curvature.vectors import scalar_dtype
 
 __all__ = ["LARGEST_SLOPE", "ZerothOrderOptimizer"]
@@ -71,6 +72,39 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
         self._trips = 0
         self._begins_away = True
 
+    def attach_model(
+        self,
+        model: nn.Module,
+        loss_fn: Callable[..., Tensor],
+        *,
+        directional: DirectionalMethod = "auto",
+        grad_scaler: torch.amp.GradScaler | None = None,
+    ) -> Callable[..., Tensor]:
+        """Prepare an ordinary PyTorch loop; see `CurvatureOptimizer.attach_model`.
+
+        With ``step(closure)`` the first evaluation of the closure is one of those that the slope
+        needs; in a loop that calls the model by itself it is one more.
+
+        Args:
+            model: Model that holds all parameters of this optimizer.
+            loss_fn: Called as ``loss_fn(model_output, *targets)``, returns a scalar.
+            directional: Of no effect here.
+            grad_scaler: Refused unless it is disabled: there are no gradients to scale.
+
+        Returns:
+            A function with the arguments and the result of ``loss_fn`` that also records the batch.
+
+        Raises:
+            ValueError: If some parameters of this optimizer are not in ``model``.
+            MissingCapabilityError: If there is a gradient scaler.
+        """
+        if grad_scaler is not None and grad_scaler.is_enabled():
+            raise MissingCapabilityError(
+                f"{type(self).__name__} has no gradients for a GradScaler to scale. Leave it out, "
+                "and use bfloat16 or float16 weights, or autocast to bfloat16."
+            )
+        return super().attach_model(model, loss_fn, directional=directional)
+
     def _home(self) -> None:
         if self._displacement is not None and self._displacement.away is not None:
             self._displacement.home()
@@ -107,6 +141,8 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
             if first is not None:
                 with torch.no_grad():
                     self._begin().go(first)
+            # Casts of other weights, where one autocast region surrounds several steps.
+            torch.clear_autocast_cache()
             self._main_at, self._main_is_new = first, True
             try:
                 yield
@@ -116,7 +152,11 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
                 raise
             if not self._stepping:
                 with torch.no_grad():
-                    self._home()
+                    try:
+                        self._home()
+                    except BaseException:  # an interrupt: nobody else would bring them back
+                        self._home()
+                        raise
 
     def _module(self) -> nn.Module | None:
         module = None if self.oracle is None else self.oracle.module
@@ -173,6 +213,7 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
                 raise MissingCapabilityError(f"{type(self).__name__} {oracle.missing()}")
         finally:
             self._home()
+            torch.clear_autocast_cache()
             self._stepping = False
             self._main_is_new = False
         return result
@@ -239,18 +280,22 @@ class ZerothOrderOptimizer(DisplacedOptimizer):
         self._prepare(passes)
         blocks = list(range(len(moving.blocks)))
         coordinate = self.param_groups[0]["blockwise"] == "coordinate"
-        answers, loss, finite = [], None, torch.tensor(True)
+        answers: list[Tensor] = []
+        loss: Tensor | None = None
+        finite: Tensor | None = None
         for together in [[block] for block in blocks] if coordinate else [blocks]:
             answer, found = self._measure(passes, together)
             loss = found if loss is None else loss
             # Not so for NaN, either.
-            finite = (answer.abs() <= LARGEST_SLOPE).all() & finite.to(answer.device)
+            usable = (answer.abs() <= LARGEST_SLOPE).all()
+            finite = usable if finite is None else usable & finite
             on = self._judge(answer, finite)
             if on is not None:
                 for block, part in zip(together, answer.chunk(len(together)), strict=True):
                     self._update_block(moving, block, part, on)
             answers.append(answer)
         assert loss is not None
+        assert finite is not None
         if on is not None:
             for group in self.param_groups:
                 if group["first_order"]:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lightning_curvature.curvature.perturbation import Directions, Piece
+from lightning_curvature.curvature.perturbation import Directions, Piece, put_entries
 from lightning_curvature.curvature.rounding import stochastic_round
 from lightning_curvature.optim.per_tensor import can_split, split
 
@@ -123,7 +123,7 @@ class Storage:
             if mask is None:
                 p.copy_(self._origins[position])
             else:
-                p.put_(mask, self._origins[position].to(p.dtype))
+                put_entries(p, mask, self._origins[position].to(p.dtype))
 
     def opened(self, piece: Piece) -> list[Tensor]:
         """Return the values of a piece to update, in the precision of the arithmetic.

@@ -25,7 +25,8 @@ class ZOConservative(ZerothGradientOptimizer):
     After the slope g the loss is evaluated at both candidates, :math:`\theta \mp \eta g z`, and
     the step goes where it is least: downhill, uphill, or nowhere. The loss of the batch never
     rises, so a learning rate that is too large costs time instead of the run. Where candidates are
-    so far away that the way back costs digits, use ``restore="snapshot"``.
+    so far away that the way back costs digits, use ``restore="snapshot"``. With
+    ``blockwise="joint"`` candidates of one block are compared at a time, but taken together.
 
     Cost per step: five forward passes, and four draws of a direction.
     Memory: nothing per parameter.

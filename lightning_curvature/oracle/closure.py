@@ -146,6 +146,11 @@ class ClosureOracle(WindowOracle):
             self.recording = False
         environment.learn_unchanging(self.unchanging_buffers)
         value = None if totals else self._value(result)
+        if value is not None and differentiated and value.requires_grad:
+            raise RuntimeError(
+                "Groups with first_order=True got no gradient: the closure ran no backward. Call "
+                "optimizer.zero_grad() and loss.backward() in it."
+            )
         if value is not None:
             totals = [value.detach().clone()]
         if totals:

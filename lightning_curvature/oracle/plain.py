@@ -85,7 +85,7 @@ class ModelOracle(ClosureOracle):
         # Of optimizers without a backward: what surrounds the forward that runs, and losses that
         # nobody has called backward on.
         self._open = ExitStack()
-        self._unfinished: list[tuple[PassRecord, Tensor]] = []
+        self._unfinished: tuple[PassRecord, Tensor] | None = None
         self._hooks = [
             model.register_forward_pre_hook(_Hook(self._before_forward), with_kwargs=True),
             model.register_forward_hook(_Hook(self._after_forward), always_call=True),
@@ -94,6 +94,7 @@ class ModelOracle(ClosureOracle):
     def close(self) -> None:
         """Remove the hooks from the model."""
         super().close()
+        self._leave()
         for hook in self._hooks:
             hook.remove()
         self._forward = None
@@ -115,12 +116,14 @@ class ModelOracle(ClosureOracle):
         """Forget the recorded micro-batches."""
         super().clear()
         self._forward = None
-        self._unfinished = []
+        self._unfinished = None
         self._step += 1
 
     def zeroed(self) -> None:
         """Forget batches whose gradient is gone: their step was skipped (by a scaler, say)."""
         if not (self.recording or in_extra_pass()):
+            self._leave()
+            self._unfinished = None
             self.records = []
             self._drop_finished()
             for attachment in self.attachments:
@@ -129,12 +132,21 @@ class ModelOracle(ClosureOracle):
     def finish_main(self) -> None:
         """Take the last loss for that of the step if there was no backward."""
         if not self._recorded() and self._unfinished:
-            record, value = self._unfinished[-1]
+            record, value = self._unfinished
             record.loss = value
             self.add(record)
 
+    def _leave(self) -> None:
+        """Leave what surrounds a forward that was broken off: torch calls no hook after Ctrl-C."""
+        if self._forward is not None and not self._forward.finished:
+            self._forward = None
+        self._open.close()
+
     def _before_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
-        if self.recording or in_extra_pass() or not torch.is_grad_enabled() or not self._wanted():
+        if self.recording or in_extra_pass():
+            return
+        self._leave()
+        if not torch.is_grad_enabled() or not self._wanted():
             return
         if self._forward is not None:  # an evaluation with gradients on, say
             for attachment in self.attachments:
@@ -203,7 +215,7 @@ class ModelOracle(ClosureOracle):
         value = loss.detach().clone()
         step = self._step
         if self.main is not None:
-            self._unfinished.append((record, value))
+            self._unfinished = (record, value)
 
         # The batch belongs to the graph of its loss until the backward: a loss that is only looked
         # at takes it along.

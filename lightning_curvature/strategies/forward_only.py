@@ -4,7 +4,6 @@ import functools
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor, nn
@@ -31,6 +30,9 @@ class ForwardOnly:
     def __init__(self, trainer: pl.Trainer, optimizer: ZerothOrderOptimizer) -> None:
         self._module = trainer.lightning_module
         self._plugin = trainer.strategy.precision_plugin
+        self._optimizer = optimizer
+        self._strategy: DDPStrategy | None = None
+        self._wrapped_for: set[int] | None = None
         if len(trainer.strategy.optimizers) > 1:
             return  # another one has gradients
         is_hybrid = optimizer.has_gradients
@@ -39,15 +41,9 @@ class ForwardOnly:
         @functools.wraps(backward)
         def only_if_needed(tensor: Tensor, *args: Any, **kwargs: Any) -> None:
             # Asked every time: a group that has gradients may thaw, or come later.
-            if not optimizer.has_gradients:
-                return
-            if not is_hybrid and trainer.world_size > 1:
-                raise MisconfigurationException(
-                    "Groups with first_order=True had nothing to train when the fit began, so no "
-                    "wrapper averages their gradients over the processes. Let their parameters "
-                    "require a gradient from the start, or train in one process."
-                )
-            backward(tensor, *args, **kwargs)
+            # In manual optimization the closure is watched: its backward names the loss.
+            if optimizer.has_gradients or not self._module.automatic_optimization:
+                backward(tensor, *args, **kwargs)
 
         self._plugin.__dict__["backward"] = only_if_needed
         if trainer.gradient_clip_val and not is_hybrid:
@@ -59,14 +55,24 @@ class ForwardOnly:
         wrapped = isinstance(strategy, DDPStrategy) and isinstance(
             strategy.model, DistributedDataParallel
         )
-        if not (wrapped and isinstance(strategy, DDPStrategy)):
+        if wrapped and isinstance(strategy, DDPStrategy):
+            self._strategy = strategy
+            self.refresh()
+
+    def refresh(self) -> None:
+        """Wrap what has a gradient now, if that has changed: parameters may thaw, or come later."""
+        if self._strategy is None:
             return
+        params = {id(p) for p in self._optimizer._trained(first_order=True)}
+        if params == self._wrapped_for:
+            return
+        self._wrapped_for = params
         # Its forward also sends the running statistics of rank 0 to the others.
-        if is_hybrid or not _has_running_statistics(self._module):
-            strategy.model = self._module
-        if is_hybrid:
-            with optimizer.only_gradients():
-                strategy.configure_ddp()
+        if params or not _has_running_statistics(self._module):
+            self._strategy.model = self._module
+        if params:
+            with self._optimizer.only_gradients():
+                self._strategy.configure_ddp()
 
     def undo(self) -> None:
         """Give the precision plugin its ``backward`` back."""

@@ -170,6 +170,8 @@ class StepRecorder:
         batch_idx = self.trainer.fit_loop.epoch_loop.batch_idx
         if self.window == "last" or batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.oracle.clear()
+            if self._forward_only is not None:
+                self._forward_only.refresh()
         if self.trainer.fit_loop._skip_backward:  # weight averaging refreshes batch norm like this
             self.oracle.without_backward = True
             return step(*args, **kwargs)
