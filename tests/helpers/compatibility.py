@@ -43,16 +43,12 @@ default some tests run with one optimizer per family only; `pytest --every-optim
 - **refused**: the optimizer stops before it can do harm; the message is given.
 - **unchecked**: there is a test, but not on the machine that generated this page.
 
-Variants have no column: {variants}.
+{without} run no backward either, and share with HiZOO all but their rule: its column stands for
+theirs.
 """
-# Optimizers that have a column, and the others with the one they are variants of.
-COLUMNS = [contract.info.cls.__name__ for contract in CONTRACTS if not contract.variant_of]
-_CLASSES = {contract.info.name: contract.info.cls.__name__ for contract in CONTRACTS}
-VARIANTS = [
-    f"{_CLASSES[contract.info.name]} behaves as {_CLASSES[contract.variant_of]}"
-    for contract in CONTRACTS
-    if contract.variant_of
-]
+# Optimizers that have a column, and those that another one stands for.
+COLUMNS = [contract.info.cls.__name__ for contract in CONTRACTS if contract.runs_wide]
+WITHOUT = [contract.info.cls.__name__ for contract in CONTRACTS if not contract.runs_wide]
 
 # (group, title, optimizer), and (group, title) -> optimizer -> outcome.
 Key = tuple[str, str, str]
@@ -98,7 +94,7 @@ def rows_of(cells: Mapping[Key, str]) -> Rows:
 
 def render(rows: Rows) -> str:
     """Write the page."""
-    text = [HEADER.format(variants=", ".join(VARIANTS))]
+    text = [HEADER.format(without=", ".join(WITHOUT[:-1]) + f" and {WITHOUT[-1]}")]
     for group in GROUPS:
         titles = sorted((title for g, title in rows if g == group), key=str.lower)
         if not titles:
@@ -320,7 +316,7 @@ def _keys_of(item: pytest.Item) -> list[Key]:
                 f"{item.nodeid}: invalid feature{mark.args}: must be a group, one of {GROUPS}, "
                 "and a title."
             )
-    if contract.variant_of:
+    if not contract.runs_wide:
         return []
     return [(*mark.args, contract.info.cls.__name__) for mark in marks]
 

@@ -2,7 +2,7 @@
 
 A family are the optimizers that ask their oracle the same. A test with `every_optimizer` belongs to
 the core. A test with `every_family` is wide: by default it runs with one representative per family,
-with ``pytest --every-optimizer`` it runs with all.
+with ``pytest --every-optimizer`` it runs with all, see `Contract.runs_wide`.
 
 Variants of another optimizer (`Contract.variant_of`) represent no family, and by default run only
 those tests of the core that are marked with `variants_too`: their rule, their state, a bad batch.
@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 
 import pytest
 
-from tests.helpers.optimizer_db import CONTRACTS, Contract, every_optimizer
+from tests.helpers.optimizer_db import CONTRACTS, Contract, every_wide
 
 Test = TypeVar("Test", bound=Callable[..., Any])
 
@@ -45,8 +45,8 @@ LEADER = max(REPRESENTATIVES, key=lambda contract: len(contract.info.asks))
 
 
 def every_family(test: Test) -> Test:
-    """Run a test with the representatives only, unless all optimizers are asked for."""
-    return pytest.mark.wide(every_optimizer(test))
+    """Run a test with the representatives only, unless all that can are asked for."""
+    return pytest.mark.wide(every_wide(test))
 
 
 def left_out(items: Iterable[pytest.Item]) -> list[pytest.Item]:

@@ -53,6 +53,15 @@ class Contract:
         return "forward" in self.info.asks
 
     @property
+    def runs_wide(self) -> bool:
+        """Whether wide tests can run with it at all.
+
+        Those without a backward have all but their rule in common, and what a few of their steps
+        reach depends on arguments that one of them has been given for these tests.
+        """
+        return self.represents or not self.forward_only
+
+    @property
     def slack(self) -> float:
         """How many times the loss that is asked of others it may leave in a small problem."""
         return 1.5 if self.forward_only else 1.0
@@ -283,6 +292,7 @@ def _with_each(contracts: list[Contract]) -> pytest.MarkDecorator:
 
 
 every_optimizer = _with_each(CONTRACTS)
+every_wide = _with_each([c for c in CONTRACTS if c.runs_wide])
 # The core of those that run no backward.
 every_forward_only = _with_each([c for c in CONTRACTS if c.forward_only])
 
