@@ -95,7 +95,8 @@ def test_the_comparison_hears_of_all_workers(
     assert "1 failed, 4 passed" in done.stdout
     assert "FAILED test_compatibility.py::test_the_page_is_what_the_tests_show" in done.stdout
     different = [line for line in done.stdout.splitlines() if line.startswith("Models / ")]
-    assert different == [
+    # Where CI is set the summary repeats them.
+    assert list(dict.fromkeys(different)) == [
         f"Models / wrong / {name}: page 'works', tests 'refused: no'",
         "Models / gone: on the page, but no test",  # known only to whom has heard of all
     ]
