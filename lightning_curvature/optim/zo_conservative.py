@@ -110,6 +110,11 @@ class ZOConservative(ZerothGradientOptimizer):
 
     def _check_group(self, group: dict[str, Any]) -> None:
         super()._check_group(group)
+        if group.get("weight_decay"):
+            raise ValueError(
+                f"Invalid weight_decay={group['weight_decay']!r}: ZOConservative has none, its "
+                "candidates differ in the direction only. Use MeZO, or add a penalty to the loss."
+            )
         if group["first_order"]:
             raise ValueError(
                 "Invalid first_order=True: ZOConservative compares losses along one direction. Use "

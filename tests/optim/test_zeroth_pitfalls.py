@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lightning_curvature import HiZOO, HiZOOL, MeZO
+from lightning_curvature import HiZOO, HiZOOL, MeZO, ZOConservative
 from lightning_curvature.oracle import MissingCapabilityError
 from tests.helpers.plain_loop import classification, network
 
@@ -142,6 +142,12 @@ def test_one_autocast_region_around_several_steps() -> None:
         return found
 
     assert slopes(together=True) == slopes(together=False)
+
+
+def test_weight_decay_of_a_group_is_refused_where_there_is_none() -> None:
+    groups = [{"params": network().parameters(), "weight_decay": 0.1}]
+    with pytest.raises(ValueError, match=r"Invalid weight_decay=0\.1: ZOConservative has none"):
+        ZOConservative(groups)
 
 
 def test_a_gradient_scaler_is_refused() -> None:
