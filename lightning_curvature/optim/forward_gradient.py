@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.zeroth_arguments import Blockwise, ModelMode
-from lightning_curvature.optim.zeroth_gradient import step_
+from lightning_curvature.optim.zeroth_gradient import decay_, step_
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.optim.zeroth_passes import Passes
 from lightning_curvature.optim.zeroth_storage import HalfPrecision
@@ -132,6 +132,5 @@ class ForwardGradient(ZerothOrderOptimizer):
         estimate: list[Tensor],
         on: float | Tensor,
     ) -> None:
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         step_(values, estimate, float(group["lr"]), on)

@@ -21,7 +21,7 @@ from lightning_curvature.checks import check_in_range, check_positive
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.displacement import Point
 from lightning_curvature.optim.zeroth_arguments import Blockwise, ModelMode
-from lightning_curvature.optim.zeroth_gradient import step_
+from lightning_curvature.optim.zeroth_gradient import decay_, step_
 from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.optim.zeroth_passes import Passes
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
@@ -251,8 +251,7 @@ class HiZOO(ZerothOrderOptimizer):
         estimate: list[Tensor],
         on: float | Tensor,
     ) -> None:
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         step_(values, estimate, float(group["lr"]), on)
 
     def _finish(self, answer: Tensor, loss: Tensor, finite: Tensor) -> None:

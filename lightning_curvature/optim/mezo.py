@@ -8,12 +8,11 @@ zeroth_order.py. Weight decay holds for all parameters of a group (the code leav
 
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.zeroth_arguments import Blockwise, Estimator, LayerScale, ModelMode
-from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, step_
+from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, decay_, step_
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
 
 __all__ = ["MeZO"]
@@ -142,6 +141,5 @@ class MeZO(ZerothGradientOptimizer):
         estimate: list[Tensor],
         on: float | Tensor,
     ) -> None:
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         step_(values, estimate, float(group["lr"]), on)

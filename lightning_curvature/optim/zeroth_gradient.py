@@ -6,7 +6,7 @@ that of the step before and needs one pass. Layers may be perturbed in proportio
 """
 
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from lightning_curvature.optim.zeroth_order import ZerothOrderOptimizer
 from lightning_curvature.optim.zeroth_passes import Passes
 from lightning_curvature.vectors import scalar_dtype
 
-__all__ = ["ZerothGradientOptimizer", "step_"]
+__all__ = ["ZerothGradientOptimizer", "decay_", "step_"]
 
 _INTERVAL = "layer_scale_update_interval"
 # Of directions that are not for the step itself.
@@ -143,15 +143,27 @@ class ZerothGradientOptimizer(ZerothOrderOptimizer):
         ]
 
 
+def decay_(estimate: list[Tensor], values: list[Tensor], group: dict[str, Any]) -> None:
+    """Add ``weight_decay * values`` to an estimate of the gradient in place.
+
+    Args:
+        estimate: The estimate.
+        values: The values that it is of.
+        group: Their group.
+    """
+    if group["weight_decay"] != 0:
+        torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+
+
 def step_(values: list[Tensor], updates: list[Tensor], lr: float, on: float | Tensor) -> None:
     """Subtract ``lr * updates`` from values in place.
 
     Args:
         values: Values to change.
-        updates: Updates; may be changed.
+        updates: Updates.
         lr: Learning rate.
         on: 1, or a tensor that is 0 where nothing may change.
     """
     if isinstance(on, Tensor):
-        torch._foreach_mul_(updates, on.to(updates[0].dtype))
+        updates = list(torch._foreach_mul(updates, on.to(updates[0].dtype)))
     torch._foreach_add_(values, updates, alpha=-lr)

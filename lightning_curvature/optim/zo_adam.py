@@ -12,7 +12,7 @@ from lightning_curvature.checks import check_betas, check_positive
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.per_tensor import discounted_count
 from lightning_curvature.optim.zeroth_arguments import Blockwise, Estimator, ModelMode
-from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, step_
+from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, decay_, step_
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
 
 __all__ = ["ZOAdam"]
@@ -157,6 +157,5 @@ class ZOAdam(ZerothGradientOptimizer):
             second = (1 - beta2) * discounted_count(count, beta2)
             torch.sqrt(square, out=out).div_(second.sqrt()).add_(shared["eps"]).mul_(first)
             torch.div(average, out, out=out)
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         step_(values, estimate, float(group["lr"]), on)

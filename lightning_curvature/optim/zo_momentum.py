@@ -8,7 +8,7 @@ from torch import Tensor
 from lightning_curvature.checks import check_in_range
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.zeroth_arguments import Blockwise, Estimator, ModelMode
-from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, step_
+from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, decay_, step_
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
 
 __all__ = ["ZOMomentum"]
@@ -124,10 +124,9 @@ class ZOMomentum(ZerothGradientOptimizer):
         on: float | Tensor,
     ) -> None:
         (buffers,) = self._state(piece, "momentum_buffer")
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         torch._foreach_mul_(buffers, 1 - (1 - self.param_groups[0]["momentum"]) * on)
         if isinstance(on, Tensor):
             torch._foreach_mul_(estimate, on.to(estimate[0].dtype))
         torch._foreach_add_(buffers, estimate)
-        step_(values, list(torch._foreach_mul(buffers, 1.0)), float(group["lr"]), on)
+        step_(values, buffers, float(group["lr"]), on)

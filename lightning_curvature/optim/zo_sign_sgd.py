@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_curvature.checks import check_choice
 from lightning_curvature.curvature.perturbation import Distribution, Piece
 from lightning_curvature.optim.zeroth_arguments import Blockwise, Estimator, ModelMode
-from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, step_
+from lightning_curvature.optim.zeroth_gradient import ZerothGradientOptimizer, decay_, step_
 from lightning_curvature.optim.zeroth_storage import HalfPrecision, Restore
 
 __all__ = ["ZOSignSGD"]
@@ -134,6 +134,5 @@ class ZOSignSGD(ZerothGradientOptimizer):
     ) -> None:
         if self.param_groups[0]["sign"] == "element" or piece.is_gradient:
             torch._foreach_sign_(estimate)
-        if group["weight_decay"] != 0:
-            torch._foreach_add_(estimate, values, alpha=float(group["weight_decay"]))
+        decay_(estimate, values, group)
         step_(values, estimate, float(group["lr"]), on)
