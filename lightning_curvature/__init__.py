@@ -14,6 +14,7 @@ from lightning_curvature.callbacks import (
     SensitiveParameterMask,
     TrajectoryLog,
 )
+from lightning_curvature.curvature.gradient_window import GradientWindow
 from lightning_curvature.curvature.schedule import (
     DriftInterval,
     FixedInterval,
@@ -24,6 +25,7 @@ from lightning_curvature.curvature.time_budget import TimeBudget
 from lightning_curvature.optim import (
     EKFAC,
     KFAC,
+    MFAC,
     SGDQLR,
     AdaFisher,
     AdaFisherW,
@@ -43,6 +45,7 @@ from lightning_curvature.optim import (
     ZOMomentum,
     ZOSignSGD,
 )
+from lightning_curvature.optim.saved_window import join_window_shards
 from lightning_curvature.optim.trajectory import Trajectory
 from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.oracle import declare_loss, in_extra_pass
@@ -52,6 +55,7 @@ from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCur
 __all__ = [
     "EKFAC",
     "KFAC",
+    "MFAC",
     "SGDQLR",
     "AdaFisher",
     "AdaFisherW",
@@ -67,6 +71,7 @@ __all__ = [
     "FAdam",
     "FixedInterval",
     "ForwardGradient",
+    "GradientWindow",
     "HessianSchedule",
     "HiZOO",
     "HiZOOL",
@@ -91,6 +96,7 @@ __all__ = [
     "declare_loss",
     "get_optimizer_info",
     "in_extra_pass",
+    "join_window_shards",
     "list_optimizers",
     "replay_trajectory",
 ]

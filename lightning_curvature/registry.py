@@ -15,6 +15,7 @@ from lightning_curvature.optim.hizoo import HiZOO
 from lightning_curvature.optim.hizool import HiZOOL
 from lightning_curvature.optim.kfac import KFAC
 from lightning_curvature.optim.mezo import MeZO
+from lightning_curvature.optim.mfac import MFAC
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
@@ -35,7 +36,7 @@ class OptimizerInfo:
         cls: The class.
         asks: What it asks its oracle; empty for optimizers that need no extra passes.
         passes: Passes per step, in words.
-        copies: Copies of the parameters it keeps as state.
+        copies: Copies of the parameters it keeps as state, with default arguments.
         paper: arXiv identifier of the method.
         summary: One sentence.
     """
@@ -148,6 +149,15 @@ _ROWS = (
         copies=1,
         paper="1806.03884",
         summary="K-FAC with the eigenvalues of its factors corrected.",
+    ),
+    OptimizerInfo(
+        name="mfac",
+        cls=MFAC,
+        asks=MFAC.asks,
+        passes="1 forward+backward",
+        copies=64,
+        paper="2107.03356",
+        summary="The exact inverse of the Fisher matrix of the last gradients.",
     ),
     OptimizerInfo(
         name="mezo",

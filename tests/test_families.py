@@ -159,9 +159,9 @@ def test_variants_are_of_others_that_run_the_core() -> None:
 
 
 def test_every_family_is_represented() -> None:
-    families = [contract.info.asks for contract in REPRESENTATIVES]
+    families = [contract.family for contract in REPRESENTATIVES]
     assert len(set(families)) == len(families)
-    assert set(families) == {c.info.asks for c in CONTRACTS if not c.variant_of}
+    assert set(families) == {c.family for c in CONTRACTS if not c.variant_of}
     assert LEADER in REPRESENTATIVES
 
 

@@ -63,6 +63,8 @@ def test_copies_of_the_parameters(row: OptimizerInfo) -> None:
         for value in state.values()
         if isinstance(value, torch.Tensor) and value.dim() > 0
     ]
+    if row.name == "mfac":
+        tensors.append(optimizer.state_dict()["curvature"]["window"]["rows"])
     size = sum(p.numel() for p in model.parameters())
     found = sum(t.numel() for t in tensors) + WITHIN_A_STEP.get(row.name, 0) * size
     if row.name == "hizool":  # a row and a column per matrix: less than a copy

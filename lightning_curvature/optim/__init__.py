@@ -13,6 +13,7 @@ from lightning_curvature.optim.hizoo import HiZOO
 from lightning_curvature.optim.hizool import HiZOOL
 from lightning_curvature.optim.kfac import KFAC
 from lightning_curvature.optim.mezo import MeZO
+from lightning_curvature.optim.mfac import MFAC
 from lightning_curvature.optim.sgdqlr import SGDQLR
 from lightning_curvature.optim.sophiag import SophiaG
 from lightning_curvature.optim.sophiah import SophiaH
@@ -24,6 +25,7 @@ from lightning_curvature.optim.zo_sign_sgd import ZOSignSGD
 __all__ = [
     "EKFAC",
     "KFAC",
+    "MFAC",
     "SGDQLR",
     "AdaFisher",
     "AdaFisherW",

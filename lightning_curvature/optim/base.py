@@ -44,6 +44,8 @@ class CurvatureOptimizer(Optimizer, ABC):
     """
 
     asks: ClassVar[frozenset[str]] = frozenset()
+    # Whether every rank must hold whole parameters, though nothing is asked.
+    needs_whole_params: ClassVar[bool] = False
     # Arguments that the groups keep under another name: name in the groups -> argument.
     argument_names: ClassVar[dict[str, str]] = {}
     # Tensors kept per parameter, of the shape of the parameter; "step" is a scalar.
@@ -400,15 +402,15 @@ class CurvatureOptimizer(Optimizer, ABC):
     def state_dict(self) -> dict[str, Any]:
         """Return the whole state: torch's layout and one more key with the curvature's state.
 
-        Optimizers that ask nothing work where parameters are sharded, too. Distributed checkpoints
-        keep torch's layout only, so there the first group carries a copy of that key.
+        Most optimizers that ask nothing work where parameters are sharded, too. Distributed
+        checkpoints keep torch's layout only, so there the first group carries a copy of that key.
         """
         real = self._unwrapped()
         if real is not self:
             return real.state_dict()
         state = super().state_dict()
         state[STATE_KEY] = self._curvature_state()
-        if not self.asks:
+        if not (self.asks or self.needs_whole_params):
             state["param_groups"][0][COPY_KEY] = self._curvature_state()
         return state
 

@@ -118,7 +118,11 @@ class StepRecorder:
         if getattr(strategy, _MARKER, None) is not None:
             return None
         optimizers = [_unwrapped(optimizer) for optimizer in strategy.optimizers]
-        asking = [o for o in optimizers if isinstance(o, CurvatureOptimizer) and o.asks]
+        ours = [o for o in optimizers if isinstance(o, CurvatureOptimizer)]
+        for optimizer in ours:
+            if optimizer.needs_whole_params:
+                refuse_strategy(strategy, optimizer)
+        asking = [o for o in ours if o.asks]
         if not asking:
             return None
         refuse_strategy(strategy, asking[0])

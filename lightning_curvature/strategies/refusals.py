@@ -45,11 +45,11 @@ _UNSUPPORTED_PRECISION: dict[type[Precision], str] = {
 
 
 def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
-    """Refuse strategies under which the loss cannot be evaluated again.
+    """Refuse strategies under which the loss cannot be evaluated again, or parameters are cut.
 
     Args:
         strategy: Strategy of the Trainer.
-        optimizer: Optimizer that asks its oracle something.
+        optimizer: Optimizer that asks its oracle something, or needs whole parameters.
 
     Raises:
         MisconfigurationException: If the strategy is one of them.
@@ -58,7 +58,11 @@ def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
         if isinstance(strategy, kind):
             # Not an inherited name, which is that of another strategy.
             word = vars(kind).get("strategy_name", kind.__name__)
-            elementwise = [info.cls.__name__ for info in list_optimizers() if not info.asks]
+            elementwise = [
+                info.cls.__name__
+                for info in list_optimizers()
+                if not (info.asks or info.cls.needs_whole_params)
+            ]
             others = (
                 f", or one of the elementwise optimizers that need no extra passes: "
                 f"{', '.join(elementwise)}"

@@ -60,7 +60,7 @@ def _contract(cls: type[CurvatureOptimizer]) -> Contract:
 
 # Whatever the registry has of that kind belongs to them.
 ELEMENTWISE = [_contract(Momentum), _contract(SignMomentum)]
-ELEMENTWISE += [contract for contract in CONTRACTS if not contract.info.asks]
+ELEMENTWISE += [contract for contract in CONTRACTS if contract.elementwise]
 
 
 def small_network(seed: int = 3) -> nn.Sequential:

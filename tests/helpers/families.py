@@ -1,6 +1,7 @@
 """Which tests run with which optimizers: the core with all, wide tests with one of each family.
 
-A family are the optimizers that ask their oracle the same. A test with `every_optimizer` belongs to
+A family are the optimizers that ask their oracle the same, and can do with a part of the parameters
+or not. A test with `every_optimizer` belongs to
 the core. A test with `every_family` is wide: by default it runs with one representative per family,
 with ``pytest --every-optimizer`` it runs with all, see `Contract.runs_wide`.
 
@@ -26,16 +27,16 @@ LEFT_OUT = pytest.StashKey[bool]()
 
 def representatives(contracts: Sequence[Contract]) -> list[Contract]:
     """Choose one contract per family: the one that says so, otherwise the first; no variants."""
-    chosen: dict[frozenset[str], Contract] = {}
+    chosen: dict[tuple[frozenset[str], bool], Contract] = {}
     for contract in contracts:
         if contract.variant_of:
             continue
-        first = chosen.setdefault(contract.info.asks, contract)
+        first = chosen.setdefault(contract.family, contract)
         if contract.represents and first is not contract:
             if first.represents:
                 names = f"{first.info.name} and {contract.info.name}"
                 raise ValueError(f"{names} both represent {sorted(contract.info.asks)}.")
-            chosen[contract.info.asks] = contract
+            chosen[contract.family] = contract
     return list(chosen.values())
 
 

@@ -32,6 +32,7 @@ class Contract:
         shared_state: Keys of the curvature's state whose tensors later steps may change, as torch's
             optimizers do with those of parameters.
         represents: Whether the wide tests take it for its family, instead of the first one.
+        precise: Whether its state holds tensors in float64 where the parameters are float32.
         variant_of: Name of the optimizer that it is a variant of, "" if of none. A variant shares
             all but its rule with it, so by default it runs in few tests only, see families.py.
     """
@@ -45,7 +46,18 @@ class Contract:
     is_exact: bool = False
     shared_state: tuple[str, ...] = ()
     represents: bool = False
+    precise: bool = False
     variant_of: str = ""
+
+    @property
+    def family(self) -> tuple[frozenset[str], bool]:
+        """What the optimizers of its family have in common: see families.py."""
+        return self.info.asks, self.info.cls.needs_whole_params
+
+    @property
+    def elementwise(self) -> bool:
+        """Whether it works where every rank has its part of the parameters."""
+        return not (self.info.asks or self.info.cls.needs_whole_params)
 
     @property
     def forward_only(self) -> bool:
@@ -226,6 +238,14 @@ SPECIAL: dict[str, dict[str, Any]] = {
         }
         for name in ("kfac", "ekfac")
     },
+    "mfac": {
+        # A window that fills, in a metric that changes little from step to step.
+        "options": {"lr": 0.2, "num_grads": 8, "damping": 0.1},
+        "steep": {"lr": 2.0, "damping": 8.0},
+        "quiet": {"max_failures": NEVER},
+        "shared_state": ("window",),
+        "precise": True,
+    },
     "sophiag": {
         "options": {**SOPHIA, "rho": 1.0},
         "exact": {"squared": "window"},
@@ -321,6 +341,15 @@ def numbered(state: dict[str, Any]) -> dict[str, Any]:
     layers = {key: own[key] for key in ("factors", "blocks") if key in own}
     found = {key: dict(enumerate(entries.values())) for key, entries in layers.items()}
     return {**state, "curvature": {**own, **found}}
+
+
+def same_on_all_ranks(state: dict[str, Any]) -> dict[str, Any]:
+    """Return a state without what every rank has its own part of."""
+    own = state["curvature"]
+    if not isinstance(own.get("window"), dict):
+        return state
+    window = {key: x for key, x in own["window"].items() if key not in ("rows", "columns")}
+    return {**state, "curvature": {**own, "window": window}}
 
 
 def identical(one: Any, other: Any) -> bool:

@@ -121,10 +121,10 @@ def refusal_of(make: Any, trainer: Trainer) -> str:
 def test_sharded_strategies(
     contract: Contract, sharded: type, route: str, refused: Callable[[str], None]
 ) -> None:
-    """Refused before the first batch if the optimizer asks, and let through if not."""
+    """Refused before the first batch but for those that change every entry by itself."""
     trainer = make_trainer(route)
     pretend(trainer, sharded)
-    if not contract.info.asks:
+    if contract.elementwise:
         with pytest.raises(Ran):
             trainer.fit(NeverStarts(network(), contract.make), loader(vectors()))
         return
@@ -183,7 +183,7 @@ def test_asking_under_fsdp2(
     contract: Contract, callback: bool, ranks: RankPool, refused: Callable[[str], None]
 ) -> None:
     """The real strategy on two ranks."""
-    if not contract.info.asks:
+    if contract.elementwise:
         return
     for text in ranks.run(asked_under_fsdp2, contract, callback):
         assert text.startswith(f"{contract.info.cls.__name__} {SHORT}; ")
@@ -402,7 +402,7 @@ def test_lightning_itself_refuses_fsdp_without_a_gpu(
     contract: Contract, refused: Callable[[str], None]
 ) -> None:
     """Why there is no real run of it here: the text is Lightning's."""
-    if not contract.info.asks:
+    if contract.elementwise:
         return
     with pytest.raises(ValueError, match=re.escape("requires a GPU accelerator")):
         make_trainer("auto", strategy=FSDPStrategy())

@@ -105,7 +105,9 @@ def spoiled(good: dict[str, Any], optimizer: CurvatureOptimizer) -> Iterator[tup
     required += [("curvature", "oracle", name) for name in own["oracle"]]
     required += [("param_groups", 0, name) for name in group]
     required += [("state", index, name) for index, name in kept]
-    if not optimizer.asks:  # the first group has a copy: either is enough
+    if not (
+        optimizer.asks or optimizer.needs_whole_params
+    ):  # the first group has a copy: either is enough
         required.remove(("curvature",))
         required.remove(("param_groups", 0, COPY_KEY))
     for path in required:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lightning_curvature.curvature import kronecker
+from lightning_curvature.curvature import gradient_window, kronecker
 from lightning_curvature.optim import kfac_step
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from lightning_curvature.optim.displaced import DisplacedOptimizer
@@ -84,6 +84,7 @@ def as_on_a_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(DiagonalOptimizer, "_can_look", lambda *_: False)
     monkeypatch.setattr(DisplacedOptimizer, "_can_look", lambda *_: False)
     monkeypatch.setattr(kronecker, "_can_look", lambda *_: False)
+    monkeypatch.setattr(gradient_window, "_can_look", lambda *_: False)
     monkeypatch.setattr(kfac_step, "_is_known", lambda *_: False)
 
 
