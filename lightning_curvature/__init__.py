@@ -10,11 +10,13 @@ from lightning_curvature.callbacks import (
     DampingSchedule,
     HessianSchedule,
     LayerStatistics,
+    MFACPruning,
     SampleSchedule,
     SensitiveParameterMask,
     TrajectoryLog,
 )
 from lightning_curvature.curvature.gradient_window import GradientWindow
+from lightning_curvature.curvature.inverse_fisher import InverseFisher
 from lightning_curvature.curvature.schedule import (
     DriftInterval,
     FixedInterval,
@@ -49,6 +51,7 @@ from lightning_curvature.optim.saved_window import join_window_shards
 from lightning_curvature.optim.trajectory import Trajectory
 from lightning_curvature.optim.trajectory_replay import replay_trajectory
 from lightning_curvature.oracle import declare_loss, in_extra_pass
+from lightning_curvature.pruning import CubicSparsity, FisherPruner, ListSparsity
 from lightning_curvature.registry import OptimizerInfo, get_optimizer_info, list_optimizers
 from lightning_curvature.strategies import DDPCurvatureStrategy, SingleDeviceCurvatureStrategy
 
@@ -62,6 +65,7 @@ __all__ = [
     "AdaHessian",
     "AdamQLR",
     "BetaFTRL",
+    "CubicSparsity",
     "CurvatureCallback",
     "CurvatureMonitor",
     "CurvatureOptimizer",
@@ -69,13 +73,17 @@ __all__ = [
     "DampingSchedule",
     "DriftInterval",
     "FAdam",
+    "FisherPruner",
     "FixedInterval",
     "ForwardGradient",
     "GradientWindow",
     "HessianSchedule",
     "HiZOO",
     "HiZOOL",
+    "InverseFisher",
     "LayerStatistics",
+    "ListSparsity",
+    "MFACPruning",
     "MeZO",
     "OptimizerInfo",
     "RefreshSchedule",

@@ -90,6 +90,11 @@ class GradientWindow:
         check_choice("window_normalization", window_normalization, ("capacity", "count"))
         check_choice("gram_dtype", gram_dtype, ("float64", "float32"))
         check_choice("placement", placement, ("device", "host"))
+        if torch.device(device).type == "mps":
+            raise ValueError(
+                "A window of gradients needs float64, which the device mps does not have. Train on "
+                "the CPU or on CUDA."
+            )
         self.num_grads = num_grads
         self.num_columns = num_columns
         self.window_normalization = window_normalization
@@ -172,7 +177,10 @@ class GradientWindow:
             scale = torch.where(usable, scale, old_scale)
         self._rows.write(slot, row, scale)
         products = self._summed(self._rows.products(self._rows.widened(row, scale)))
-        # Of an old row that stays the products are those that stand there.
+        if usable is not None:
+            # Of an old row that stays they may come out with other last bits than they had.
+            place = torch.as_tensor(slot, device=products.device).view(1)
+            products = torch.where(usable, products, self._gram.index_select(0, place).view(-1))
         if isinstance(slot, Tensor):
             self._gram.index_copy_(0, slot.view(1), products.view(1, -1))
             self._gram.index_copy_(1, slot.view(1), products.view(-1, 1))

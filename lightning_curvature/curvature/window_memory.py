@@ -93,12 +93,14 @@ def check_window_fits(
     needed = window_bytes(num_grads, share, row_dtype)
     if free is None or needed <= free:
         return
-    advice = [f"num_grads<={_largest(free, share, row_dtype)}"]
-    if row_dtype.itemsize > torch.bfloat16.itemsize:
-        half = _largest(free, share, torch.bfloat16)
+    most, half = (_largest(free, share, dtype) for dtype in (row_dtype, torch.bfloat16))
+    advice = [f"num_grads<={most}"] if most > 0 else []
+    if row_dtype.itemsize > torch.bfloat16.itemsize and half > 0:
         advice.append(f"row_dtype='bfloat16' with num_grads<={half}")
     if where.type != "cpu":
         advice.append("placement='host'")
+    if not advice:
+        advice.append("another optimizer: not even one gradient fits")
     parts = f", of which this rank keeps one part in {num_ranks}" if num_ranks > 1 else ""
     raise ValueError(
         f"Invalid num_grads={num_grads}: gradients of {num_columns:,} parameters{parts} take "

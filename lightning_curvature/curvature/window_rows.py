@@ -21,9 +21,11 @@ __all__ = ["Placement", "RowDtype", "WindowRows", "row_dtype_of"]
 RowDtype = Literal["auto", "float32", "bfloat16", "float16"]
 Placement = Literal["device", "host"]
 
-# Columns of a chunk on a CPU, and bytes of the part of it that is converted at a time: that stays
-# in the second-level cache while the chunk is read from memory once.
-_CPU_WIDTH = 8192
+# Columns of a chunk on a CPU: few enough for the vectors to stay in the cache, and enough entries
+# in all for the calls not to count. And bytes of the part of a chunk that is converted at a time,
+# which stay in the second-level cache while the chunk is read from memory once.
+_CPU_WIDTHS = (4096, 16384)
+_CPU_ENTRIES = 1 << 20
 _PART = 1 << 19
 # Entries of a chunk on other devices, where every chunk is a few kernel launches.
 _DEVICE_ENTRIES = 1 << 24
@@ -86,9 +88,10 @@ class WindowRows:
         self.stored = stored
         self.device = torch.device(device)
         self.gram_dtype = torch.float64 if dtype == torch.float64 else gram_dtype
-        limit = _CPU_WIDTH
+        least, most = _CPU_WIDTHS
+        limit = min(max(_CPU_ENTRIES // num_rows, least), most)
         if self.device.type != "cpu":
-            limit = max(_CPU_WIDTH, _DEVICE_ENTRIES // num_rows)
+            limit = max(_DEVICE_ENTRIES // num_rows, least)
         num_chunks = -(-num_columns // limit)
         self.width = -(-num_columns // num_chunks)
         self.on_host = placement == "host" and self.device.type != "cpu"
@@ -121,7 +124,9 @@ class WindowRows:
         if largest is None:
             largest = torch.linalg.vector_norm(values, float("inf"))
         exponent = torch.frexp(largest.to(self.dtype)).exponent - _EXPONENTS[self.stored]
-        scale = torch.ldexp(one, exponent)
+        # Neither zero nor infinite, whatever the size of the entries.
+        tiny = torch.finfo(self.dtype).tiny
+        scale = torch.ldexp(one, exponent).clamp(tiny, 2 / tiny)
         return (values / scale).to(self.stored), scale
 
     def read(self, index: int | Tensor) -> tuple[Tensor, Tensor]:
@@ -146,7 +151,7 @@ class WindowRows:
             row: The row in the rows' dtype, as `rounded` returns it.
             scale: Its scale.
         """
-        chunks = self._padded(row).view(-1, self.width)
+        chunks = self._padded(row, self.stored).view(-1, self.width)
         if isinstance(index, Tensor):
             self._data.index_copy_(1, index.view(1), chunks.unsqueeze(1))
             self.scales.index_copy_(0, index.view(1), scale.view(1))
@@ -170,14 +175,20 @@ class WindowRows:
         Returns:
             ``[m]`` or ``[m, k]``.
         """
-        columns = x.unsqueeze(1) if x.ndim == 1 else x
-        parts = self._padded(columns.to(self.gram_dtype)).view(-1, self.width, columns.shape[1])
-        total = x.new_zeros((self.num_rows, columns.shape[1]), dtype=torch.float64)
+        if x.ndim > 1:
+            return torch.stack([self.products(column) for column in x.unbind(1)], 1)
+        parts = self._padded(x, self.gram_dtype).view(-1, self.width)
+        total = x.new_zeros(self.num_rows, dtype=torch.float64)
+        part_of_rows = self._part(self.gram_dtype)
         for chunk, part in zip(self._chunks(), parts, strict=True):
-            _add_product(total, chunk, part)
-        if self._is_scaled:
-            total *= self.scales.unsqueeze(1)
-        return total.squeeze(1) if x.ndim == 1 else total
+            if chunk.dtype == part.dtype:
+                total += torch.mv(chunk, part)
+                continue
+            for start in range(0, len(chunk), len(part_of_rows)):
+                rows = chunk[start : start + len(part_of_rows)]
+                wide = part_of_rows[: len(rows)].copy_(rows)
+                total[start : start + len(rows)] += torch.mv(wide, part)
+        return total * self.scales if self._is_scaled else total
 
     def combination(self, coefficients: Tensor) -> Tensor:
         """Return the sum of the rows, each times its coefficient; one pass over the rows.
@@ -188,31 +199,52 @@ class WindowRows:
         Returns:
             ``[d]`` or ``[d, k]``.
         """
-        factors = coefficients.unsqueeze(1) if coefficients.ndim == 1 else coefficients
+        if coefficients.ndim > 1:
+            columns = [self.combination(column) for column in coefficients.unbind(1)]
+            return torch.stack(columns, 1)
         if self._is_scaled:
-            factors = factors * self.scales.unsqueeze(1)
-        factors = factors.to(self.dtype)
-        count = len(self._data) * self.width
-        found = self.scales.new_empty((count, factors.shape[1]))
-        parts = found.view(-1, self.width, factors.shape[1])
-        for chunk, part in zip(self._chunks(), parts, strict=True):
-            _combine(chunk, factors, out=part)
-        found = found[: self.num_columns]
-        return found.squeeze(1) if coefficients.ndim == 1 else found
+            coefficients = coefficients * self.scales
+        factors = coefficients.to(self.dtype)
+        found = self.scales.new_empty(len(self._data) * self.width)
+        part_of_rows = self._part(self.dtype)
+        for chunk, part in zip(self._chunks(), found.view(-1, self.width), strict=True):
+            if chunk.dtype == factors.dtype:
+                torch.mv(chunk.T, factors, out=part)
+                continue
+            for start in range(0, len(chunk), len(part_of_rows)):
+                rows = chunk[start : start + len(part_of_rows)]
+                wide = part_of_rows[: len(rows)].copy_(rows)
+                some = factors[start : start + len(rows)]
+                # The first ones do not add up to what the memory held before, whatever it was.
+                torch.addmv(part, wide.T, some, beta=int(start > 0), out=part)
+        return found[: self.num_columns]
 
-    def _padded(self, x: Tensor) -> Tensor:
-        """Append zeros up to the last column of the last chunk."""
-        missing = len(self._data) * self.width - len(x)
-        if missing == 0:
-            return x.contiguous()
-        return torch.cat([x, x.new_zeros((missing, *x.shape[1:]))])
+    def _part(self, dtype: torch.dtype) -> Tensor:
+        """Return memory for the rows of a chunk that are converted at a time; empty for none."""
+        if dtype == self.stored:
+            return self.scales.new_empty(0)
+        size = self.num_rows
+        if self.device.type == "cpu":
+            most = _PART * torch.get_num_threads() // (self.width * dtype.itemsize)
+            size = min(size, max(most, 1))
+        return torch.empty((size, self.width), dtype=dtype, device=self.device)
+
+    def _padded(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return a vector in a dtype, with zeros up to the last column of the last chunk."""
+        size = len(self._data) * self.width
+        if size == len(x):
+            return x.to(dtype).contiguous()
+        padded = x.new_empty(size, dtype=dtype)
+        padded[: len(x)].copy_(x)
+        padded[len(x) :].zero_()
+        return padded
 
     def _chunks(self) -> Iterator[Tensor]:
         """Yield the chunks on the device; the next one is on its way while one is worked on."""
         if not self.on_host:
             yield from self._data
             return
-        copies = torch.cuda.Stream(self.device)
+        copies = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
         working = torch.cuda.current_stream(self.device)
         ahead: Tensor | None = None
         for number in range(len(self._data) + 1):
@@ -248,42 +280,3 @@ class WindowRows:
             part = matrix[:, start : start + self.width]
             self._data[start // self.width, :, : part.shape[1]].copy_(part)
         self.scales.copy_(scales)
-
-
-def _add_product(total: Tensor, chunk: Tensor, part: Tensor) -> None:
-    """Add a chunk's product with its part of vectors, ``[width, k]``, to a sum in float64."""
-    if chunk.dtype == part.dtype:
-        total += _product(chunk, part)
-        return
-    size = _part_size(chunk, part.dtype)
-    converted = torch.empty((size, chunk.shape[1]), dtype=part.dtype, device=chunk.device)
-    for start in range(0, len(chunk), size):
-        rows = chunk[start : start + size]
-        wide = converted[: len(rows)].copy_(rows)
-        total[start : start + size] += _product(wide, part)
-
-
-def _combine(chunk: Tensor, factors: Tensor, *, out: Tensor) -> None:
-    """Write the sum of a chunk's rows times factors, ``[m, k]``, to ``[width, k]``."""
-    if chunk.dtype == factors.dtype:
-        out.copy_(_product(chunk.T, factors))
-        return
-    size = _part_size(chunk, factors.dtype)
-    converted = torch.empty((size, chunk.shape[1]), dtype=factors.dtype, device=chunk.device)
-    out.zero_()
-    for start in range(0, len(chunk), size):
-        rows = chunk[start : start + size]
-        wide = converted[: len(rows)].copy_(rows)
-        out += _product(wide.T, factors[start : start + size])
-
-
-def _product(matrix: Tensor, vectors: Tensor) -> Tensor:
-    # The product with a vector is the faster one, and no tensor cores round its factors.
-    return torch.stack([torch.mv(matrix, vector) for vector in vectors.unbind(1)], 1)
-
-
-def _part_size(chunk: Tensor, dtype: torch.dtype) -> int:
-    """Return how many rows of a chunk are converted at a time."""
-    if chunk.device.type != "cpu":
-        return len(chunk)
-    return max(_PART * torch.get_num_threads() // (chunk.shape[1] * dtype.itemsize), 1)

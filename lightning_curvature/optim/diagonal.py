@@ -1,4 +1,7 @@
-"""Base of the optimizers that scale every coordinate of the gradient by itself."""
+"""Base of optimizers whose step needs a gradient that is finite, and nothing of the loss but that.
+
+They scale every coordinate of the gradient by itself, all but MFAC.
+"""
 
 from abc import abstractmethod
 from typing import Any, ClassVar
@@ -19,7 +22,7 @@ _COUNTS = ("failures", "skipped_steps")
 
 
 class DiagonalOptimizer(CurvatureOptimizer):
-    """Base of the optimizers that scale every coordinate of the gradient by itself.
+    """Base of the optimizers that scale every coordinate of the gradient by itself, and of MFAC.
 
     A subclass says in `_update_group` how parameters move. A step with a gradient that is not
     finite changes nothing and is counted. On a CPU the gradient is looked at before anything is

@@ -34,6 +34,7 @@ from lightning_curvature.optim.saved_state import STATE_KEY
 from lightning_curvature.optim.saved_window import check_saved_window, gathered_window
 from lightning_curvature.optim.sharded_window import (
     ShardedWindow,
+    check_placement,
     check_window_memory,
     num_shards,
 )
@@ -202,6 +203,23 @@ class MFAC(DiagonalOptimizer):
         self._forget()
         super().__setstate__(state)
 
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a parameter group.
+
+        Args:
+            param_group: As for every torch optimizer.
+
+        Raises:
+            ValueError: If an argument is out of range, or differs from the other groups though it
+                is one value for all, or parameters are on several devices.
+        """
+        super().add_param_group(param_group)
+        try:
+            check_placement(self._all_params())
+        except ValueError:
+            self.param_groups.pop()
+            raise
+
     def _check_group(self, group: dict[str, Any]) -> None:
         check_positive("lr", group["lr"], zero=True)
         check_count("num_grads", group["num_grads"])
@@ -247,13 +265,20 @@ class MFAC(DiagonalOptimizer):
         gradients, penalties = self._gradients(window)
         vector = window.vector(gradients)
         penalty = window.vector(penalties) if penalties else None
-        if penalty is not None and group["l2_in_window"]:
-            vector += penalty
-            penalty = None
-        window.insert(vector, usable)
+        sound = usable
+        if penalty is not None:
+            # Large parameters can make it overflow where the gradient does not.
+            sound = torch.isfinite(torch.linalg.vector_norm(penalty, float("inf")))
+            sound = sound if usable is None else sound & usable
+            if group["l2_in_window"]:
+                vector += penalty
+                penalty = None
+        window.insert(vector, sound)
         inverse = window.window.inverse(group["damping"])
         direction = window.direction(inverse, penalty)
         finite = torch.isfinite(torch.linalg.vector_norm(direction))
+        if sound is not None:
+            finite = finite & sound
         good = finite if usable is None else finite & usable
         if not (usable is None and self._can_look(finite) and bool(finite)):
             direction = direction.masked_fill_(~good, 0.0)

@@ -94,7 +94,7 @@ def join_window_shards(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     windows = [state["curvature"][_WINDOW] for state in states]
     windows.sort(key=lambda window: window["columns"])
     first = windows[0]
-    end = 0
+    rows, end = [], 0
     for window in windows:
         if window["inserted"] != first["inserted"]:
             raise ValueError(
@@ -104,6 +104,7 @@ def join_window_shards(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         start, stop = window["columns"]
         if start != end:
             break
+        rows.append(window["rows"])
         end = stop
     if end != first["num_columns"]:
         raise ValueError(
@@ -113,7 +114,7 @@ def join_window_shards(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     joined = {
         **first,
         "columns": [0, end],
-        "rows": torch.cat([window["rows"] for window in windows], 1),
+        "rows": torch.cat(rows, 1),
     }
     (state, *_) = states
     return {**state, "curvature": {**state["curvature"], _WINDOW: joined}}

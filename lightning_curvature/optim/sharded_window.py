@@ -23,7 +23,7 @@ from lightning_curvature.optim.saved_window import part_of_window
 from lightning_curvature.optim.window_columns import WindowColumns
 from lightning_curvature.oracle.ranks import rank, world_size
 
-__all__ = ["ShardedWindow", "check_window_memory", "num_shards"]
+__all__ = ["ShardedWindow", "check_placement", "check_window_memory", "num_shards"]
 
 
 def num_shards(settings: Mapping[str, Any]) -> int:
@@ -56,6 +56,28 @@ def check_window_memory(params: Sequence[Tensor], settings: Mapping[str, Any]) -
         )
 
 
+def check_placement(params: Sequence[Tensor]) -> None:
+    """Refuse parameters that have no common vector.
+
+    Args:
+        params: The parameters.
+
+    Raises:
+        ValueError: If they are on several devices, or are sharded.
+    """
+    devices = sorted({str(p.device) for p in params})
+    if len(devices) > 1:
+        raise ValueError(
+            f"MFAC needs all parameters on one device, got {', '.join(devices)}. Give it the "
+            "parameters of one of them."
+        )
+    if any(hasattr(p, "full_tensor") for p in params):
+        raise ValueError(
+            "MFAC needs whole parameters on every rank, got sharded ones. Use DDP: the window is "
+            "then dealt out over the ranks."
+        )
+
+
 class ShardedWindow:
     """The gradients of parameters, in a window of which this rank has its part of the columns.
 
@@ -80,17 +102,7 @@ class ShardedWindow:
         settings: Mapping[str, Any],
         kept: Tensor | None = None,
     ) -> None:
-        devices = sorted({str(p.device) for p in params})
-        if len(devices) > 1:
-            raise ValueError(
-                f"MFAC needs all parameters on one device, got {', '.join(devices)}. Give it the "
-                "parameters of one of them."
-            )
-        if any(hasattr(p, "full_tensor") for p in params):
-            raise ValueError(
-                "MFAC needs whole parameters on every rank, got sharded ones. Use DDP: the window "
-                "is then dealt out over the ranks."
-            )
+        check_placement(params)
         self._num_ranks = num_shards(settings)
         self._sparse = bool(settings["sparse"])
         if self._sparse and kept is None:
