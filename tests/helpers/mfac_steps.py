@@ -52,7 +52,7 @@ def train(rows: Sequence[Row], params: Any = None, **options: Any) -> list[Tenso
     return [p.detach() for p in trained(rows, params, **options)[1]]
 
 
-def window_of(optimizer: MFAC) -> dict[str, Any]:
+def window_of(optimizer: Any) -> dict[str, Any]:
     """Return the window in the state of an optimizer."""
     found: dict[str, Any] = optimizer.state_dict()["curvature"]["window"]
     return found
