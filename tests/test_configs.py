@@ -29,13 +29,30 @@ DIGITS = "recipes/digits_adamqlr.yaml"
 DIGITS_DDP = "recipes/digits_adamqlr_ddp.yaml"
 DIGITS_KFAC = "recipes/digits_kfac.yaml"
 DIGITS_MEZO = "recipes/digits_mezo.yaml"
+DIGITS_MFAC = "recipes/digits_mfac.yaml"
+DIGITS_PRUNING = "recipes/digits_pruning.yaml"
 CHAR_LM = "recipes/char_lm_sophiag.yaml"
 
-TARGET_ACCURACY = {DIGITS: 0.96, DIGITS_DDP: 0.96, DIGITS_KFAC: 0.98, DIGITS_MEZO: 0.93}
+TARGET_ACCURACY = {
+    DIGITS: 0.96,
+    DIGITS_DDP: 0.96,
+    DIGITS_KFAC: 0.98,
+    DIGITS_MEZO: 0.93,
+    DIGITS_MFAC: 0.98,
+    DIGITS_PRUNING: 0.97,
+}
 # Of the last training loss to the first. Without training MeZO's accuracy is 0.46.
-LARGEST_LOSS_RATIO = {DIGITS: 0.1, DIGITS_DDP: 0.1, DIGITS_KFAC: 0.1, DIGITS_MEZO: 0.5}
-COLUMNS = {"curvature/loss", "curvature/lr", "train_loss", "val_loss", "val_acc", "test_acc"}
-DAMPED = {"curvature/damping", "curvature/reduction_ratio"}
+LARGEST_LOSS_RATIO = {**dict.fromkeys(TARGET_ACCURACY, 0.1), DIGITS_MEZO: 0.5}
+COLUMNS = {"train_loss", "val_loss", "val_acc", "test_acc"}
+DAMPED = {"curvature/loss", "curvature/lr", "curvature/damping", "curvature/reduction_ratio"}
+OWN_COLUMNS = {
+    DIGITS: DAMPED,
+    DIGITS_DDP: DAMPED,
+    DIGITS_KFAC: DAMPED,
+    DIGITS_MEZO: {"curvature/loss", "curvature/lr"},
+    DIGITS_MFAC: {"curvature/lr", "curvature/grad_norm"},
+    DIGITS_PRUNING: {"pruning/sparsity", "pruning/predicted_loss_increase"},
+}
 
 BASE = """
 seed_everything: 1
@@ -94,7 +111,7 @@ def load(name: str) -> dict[str, Any]:
 def test_every_kind_is_there() -> None:
     kinds = {Path(name).parent.name for name in FRAGMENTS}
     assert kinds == {"callbacks", "optimizer", "strategy"}
-    assert {DIGITS, DIGITS_DDP, DIGITS_KFAC, DIGITS_MEZO, CHAR_LM} <= set(RECIPES)
+    assert {*TARGET_ACCURACY, CHAR_LM} <= set(RECIPES)
 
 
 @pytest.mark.parametrize("name", FRAGMENTS)
@@ -139,12 +156,19 @@ def test_recipe_trains_two_batches(name: str, fit: Callable[..., Any], tmp_path:
     # Stands in for the text that users of one recipe download.
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "input.txt").write_text("to be or not to be, " * 50, encoding="utf-8")
-    args = (f"--data.root={tmp_path / 'text'}",) if name == CHAR_LM else ()
+    picture = "curvature.png"
+    args: tuple[str, ...] = ()
+    if name == CHAR_LM:
+        args = (f"--data.root={tmp_path / 'text'}",)
+    elif name == DIGITS_PRUNING:
+        schedule = load(name)["trainer"]["callbacks"][0]["init_args"]["schedule"]["init_args"]
+        # As long as it takes to prune all.
+        picture, args = "pruning.png", (f"--trainer.max_epochs={schedule['end_epoch'] + 1}",)
     cli = fit(name, args=args)
     ends_with_test = load(name).get("test_after_fit", False)
     assert cli.trainer.state.fn == ("test" if ends_with_test else "fit")
     assert ("test_acc" if ends_with_test else "train_loss") in cli.trainer.callback_metrics
-    assert next(tmp_path.rglob("curvature.png")).stat().st_size > 0
+    assert next(tmp_path.rglob(picture)).stat().st_size > 0
     # The same command again in the same folder.
     fit(name, args=args)
 
@@ -169,7 +193,11 @@ def test_two_processes_take_the_steps_of_one() -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "name", [DIGITS, DIGITS_KFAC, DIGITS_MEZO, pytest.param(DIGITS_DDP, marks=pytest.mark.ddp)]
+    "name",
+    [
+        *(name for name in TARGET_ACCURACY if name != DIGITS_DDP),
+        pytest.param(DIGITS_DDP, marks=pytest.mark.ddp),
+    ],
 )
 def test_digits_recipe_reaches_its_accuracy(
     name: str, run_python: Callable[..., Any], tmp_path: Path
@@ -178,7 +206,7 @@ def test_digits_recipe_reaches_its_accuracy(
         ["-m", "lightning_curvature", "fit", "-c", CONFIGS / name], env={"COLUMNS": "120"}
     )
     assert process.returncode == 0, process.stdout + process.stderr
-    assert not re.search("Warning: (AdamQLR|KFAC|MeZO)", process.stderr)
+    assert not re.search("Warning: (AdamQLR|KFAC|MeZO|MFAC)", process.stderr)
     # Of two processes the first alone prints and writes.
     (accuracy,) = re.findall(r"test_acc\D+([0-9.]+)", process.stdout)
     assert float(accuracy) >= TARGET_ACCURACY[name]
@@ -186,12 +214,17 @@ def test_digits_recipe_reaches_its_accuracy(
     (table,) = tmp_path.rglob("metrics.csv")
     with table.open(newline="") as file:
         rows = list(csv.DictReader(file))
-    assert set(rows[0]) >= (COLUMNS if name == DIGITS_MEZO else COLUMNS | DAMPED)
-    losses = [float(row["curvature/loss"]) for row in rows if row["curvature/loss"]]
+    assert set(rows[0]) >= COLUMNS | OWN_COLUMNS[name]
+    loss = "curvature/loss" if "curvature/loss" in OWN_COLUMNS[name] else "train_loss"
+    losses = [float(row[loss]) for row in rows if row[loss]]
     per_epoch = 20 if name == DIGITS_MEZO else 10
     assert len(losses) == per_epoch * load(name)["trainer"]["max_epochs"]
     assert losses[-1] < LARGEST_LOSS_RATIO[name] * losses[0]
-    (picture,) = tmp_path.rglob("curvature.png")
+    if name == DIGITS_PRUNING:
+        *_, sparsity = [float(row["pruning/sparsity"]) for row in rows if row["pruning/sparsity"]]
+        assert sparsity == pytest.approx(0.9, abs=1e-3)
+    (picture,) = tmp_path.rglob("*.png")
+    assert picture.name == ("pruning.png" if name == DIGITS_PRUNING else "curvature.png")
     assert picture.parent == table.parent
     assert list(tmp_path.rglob("events.out.tfevents.*"))
 

@@ -22,6 +22,14 @@ SETTINGS: dict[str, tuple[list[str], dict[str, float]]] = {
         ["--epochs", "50"],
         {r"errors on shifted digits after / before:": 0.5},
     ),
+    "prune_mfac": (
+        ["--epochs", "8"],
+        {
+            r"fisher: sparsity 0.900, errors": 0.1,
+            r"fisher: errors after two epochs of training": 0.1,
+            r"errors by fisher / by magnitude:": 0.3,
+        },
+    ),
     "ddp": (
         ["--epochs", "5"],
         {

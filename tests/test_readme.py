@@ -15,7 +15,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("docs/how-to/zeroth-order.md",)
+PAGES = ("docs/how-to/mfac.md", "docs/how-to/pruning.md", "docs/how-to/zeroth-order.md")
 # ```python or ```bash blocks, in tabs too; a first line `# name.py` gives the file its name.
 BLOCK = re.compile(r"^( *)```(python|bash)\n(.*?)^\1```$", flags=re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# (\w+\.py)\n")

@@ -5,6 +5,7 @@ from lightning_curvature.callbacks.curvature_monitor import CurvatureMonitor
 from lightning_curvature.callbacks.damping_schedule import DampingSchedule
 from lightning_curvature.callbacks.hessian_schedule import HessianSchedule
 from lightning_curvature.callbacks.layer_statistics import LayerStatistics
+from lightning_curvature.callbacks.mfac_pruning import MFACPruning
 from lightning_curvature.callbacks.sample_schedule import SampleSchedule
 from lightning_curvature.callbacks.sensitive_parameter_mask import SensitiveParameterMask
 from lightning_curvature.callbacks.trajectory_log import TrajectoryLog
@@ -15,6 +16,7 @@ __all__ = [
     "DampingSchedule",
     "HessianSchedule",
     "LayerStatistics",
+    "MFACPruning",
     "SampleSchedule",
     "SensitiveParameterMask",
     "TrajectoryLog",

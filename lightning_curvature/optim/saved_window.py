@@ -91,15 +91,25 @@ def join_window_shards(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     Raises:
         ValueError: If columns are missing, or the states are not those of one step.
     """
-    windows = [state["curvature"][_WINDOW] for state in states]
+    if not states:
+        raise ValueError("Invalid states=[]: must be the states of all ranks.")
+    found = [state["curvature"][_WINDOW] for state in states]
+    windows = [window for window in found if window is not None]
+    if not windows:  # before the first step
+        return dict(states[0])
+    if len(windows) < len(found):
+        raise ValueError(
+            f"{len(found) - len(windows)} of {len(found)} states have no window. Join states of "
+            "one step."
+        )
     windows.sort(key=lambda window: window["columns"])
     first = windows[0]
     rows, end = [], 0
     for window in windows:
         if window["inserted"] != first["inserted"]:
             raise ValueError(
-                f"The windows are of different steps: {first['inserted']} and "
-                f"{window['inserted']} gradients were inserted. Join states of one step."
+                f"The windows are of different steps: {int(first['inserted'])} and "
+                f"{int(window['inserted'])} gradients were inserted. Join states of one step."
             )
         start, stop = window["columns"]
         if start != end:

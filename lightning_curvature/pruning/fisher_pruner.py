@@ -58,7 +58,8 @@ class FisherPruner:
         num_grads: Number of gradients ``m`` that `collect` collects, on all ranks together.
         damping: Added to the diagonal of the Fisher matrix, > 0. Gradients of whole batches are
             smaller than those of single examples, by about the root of the batch size, so that a
-            damping belongs to a batch size.
+            damping belongs to a batch size. Published settings have 1e-5 and 1e-7; with 64
+            gradients more has done as well or better in what we have measured.
         block_size: Neighboring coordinates whose interactions are looked at; None for all of them.
             Rounded up to a multiple of the size of the pattern's groups.
         criterion: What is compared: "fisher" for the costs above, "magnitude" for the weights
@@ -105,7 +106,7 @@ class FisherPruner:
         parameters: PrunableParameters | nn.Module,
         *,
         num_grads: int = 64,
-        damping: float = 1e-5,
+        damping: float = 1e-4,
         block_size: int | None = 128,
         criterion: Criterion = "fisher",
         pattern: str = "unstructured",

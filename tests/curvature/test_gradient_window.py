@@ -68,7 +68,7 @@ def test_dense(m: int, d: int, damping: float) -> None:
         window.insert(gradient)
         there = gradients[max(number - m, 0) : number]
         # The inverse is a difference of what 1 / damping is the size of.
-        close = {"rtol": 1e-9, "atol": 1e-12 / damping}
+        close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-12 / damping}
         inverse = window.inverse(damping)
         assert inverse.good
         for found, vector in (
@@ -145,7 +145,7 @@ def test_gradients_that_are_the_same_and_gradients_of_zeros(damping: float) -> N
         window = filled(gradients)
         assert window.inverse(damping).good
         exact = solved(gradients, damping, 4, gradients[-1])
-        close = {"rtol": 1e-9, "atol": 1e-14 / damping}
+        close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-14 / damping}
         torch.testing.assert_close(window.newest_direction(damping), exact, **close)
     window.insert(zeros)
     assert torch.equal(window.newest_direction(damping), zeros)

@@ -1,4 +1,4 @@
-"""Tests of lightning_curvature/curvature/gradient_window.py: half precision, shards, states, failures."""
+"""Tests of curvature/gradient_window.py: half precision, shards, states, failures."""
 
 import copy
 import io
@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from lightning_curvature import GradientWindow
-from lightning_curvature.curvature import gradient_window
 
 ROW_DTYPES = ["auto", "bfloat16", "float16"]
 HALF = {"bfloat16": 0.9998, "float16": 0.99999}
@@ -35,13 +34,15 @@ def filled(gradients: Tensor, m: int | None = None, **options: Any) -> GradientW
 def correlated(m: int, d: int) -> Tensor:
     """Return gradients of length about 1 that differ by little."""
     rows = drawn(1, d) + 0.1 * drawn(m, d, seed=1)
-    return rows / rows.norm(dim=1, keepdim=True)
+    unit: Tensor = rows / rows.norm(dim=1, keepdim=True)
+    return unit
 
 
-def direction(rows: Tensor, damping: float, newest: int = -1) -> Tensor:
-    """Return H^{-1} g of a row by singular values, none of which is a difference."""
+def direction(rows: Tensor, damping: float) -> Tensor:
+    """Return H^{-1} g of the last row by singular values, none of which is a difference."""
     u, s, v = torch.linalg.svd(rows.double(), full_matrices=False)
-    return v.T @ (u[newest] * s / (damping + s.square() / len(rows)))
+    found: Tensor = v.T @ (u[-1] * s / (damping + s.square() / len(rows)))
+    return found
 
 
 # Rows in half precision
@@ -59,7 +60,9 @@ def test_half_precision(row_dtype: Any, damping: float, m: int, kind: str) -> No
     found = window.newest_direction(damping)
     assert found.dtype == torch.float32
     rounded = direction(window.rows(), damping)
-    torch.testing.assert_close(found.double(), rounded, rtol=1e-4, atol=3e-6 * rounded.abs().max())
+    torch.testing.assert_close(
+        found.double(), rounded, rtol=1e-4, atol=3e-6 * float(rounded.abs().max())
+    )
     cosines = {}
     for name, exact in (("own", rounded), ("float32", direction(gradients, damping))):
         cosines[name] = float(torch.cosine_similarity(found.double(), exact, dim=0))
@@ -85,7 +88,7 @@ def test_tiny_and_huge_gradients(row_dtype: Any, size: float) -> None:
     scale = core.diagonal().rsqrt()
     solved = torch.linalg.inv(core * scale * scale.unsqueeze(1))[:, 3] * scale[3]
     expected = 4 * rows.T @ (scale * solved)
-    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * expected.abs().max())
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
 # Columns on several ranks
@@ -143,7 +146,7 @@ def test_shards_of_columns_are_the_whole(row_dtype: Any, widths: list[int]) -> N
     for window, *_ in found:
         assert torch.equal(window.gram, found[0][0].gram)
         torch.testing.assert_close(window.gram, whole.gram, rtol=1e-12, atol=1e-12)
-    close = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {}
+    close: dict[str, Any] = {"rtol": 1e-9, "atol": 1e-11} if dtype == torch.float64 else {}
     inverse = whole.inverse(0.1)
     expected = [whole.newest_direction(0.1), inverse @ x, inverse.newest_direction_and(x[:, 0])]
     for number, exact in enumerate(expected, start=1):
@@ -202,7 +205,7 @@ def test_without_a_factor(monkeypatch: pytest.MonkeyPatch) -> None:
     gradients, x = drawn(6, 9, dtype=torch.float64), drawn(9, 2, dtype=torch.float64, seed=1)
     window = filled(gradients, m=4)
     assert window.inverse(0.1).good
-    monkeypatch.setattr(gradient_window.torch.linalg, "cholesky_ex", no_factor)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", no_factor)
     inverse = window.inverse(0.1)
     assert not inverse.good
     g = gradients[-1]
@@ -217,7 +220,7 @@ def test_a_factor_that_is_not_finite(monkeypatch: pytest.MonkeyPatch) -> None:
     """Some libraries do not say that they failed."""
     window = filled(drawn(3, 5))
     silent: Any = lambda core: (torch.full_like(core, torch.nan), torch.tensor(0))  # noqa: E731
-    monkeypatch.setattr(gradient_window.torch.linalg, "cholesky_ex", silent)
+    monkeypatch.setattr(torch.linalg, "cholesky_ex", silent)
     inverse = window.inverse(0.1)
     assert not inverse.good
     assert inverse.newest_direction().isfinite().all()

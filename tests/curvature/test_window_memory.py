@@ -1,5 +1,6 @@
 """Tests of lightning_curvature/curvature/window_memory.py."""
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -144,13 +145,13 @@ def test_systems_without_the_file(
 ) -> None:
     files(monkeypatch, tmp_path, info, "max", "1")
     sizes = {"SC_AVPHYS_PAGES": 50, "SC_PAGE_SIZE": 4096}
-    monkeypatch.setattr(window_memory.os, "sysconf", sizes.__getitem__)
+    monkeypatch.setattr(os, "sysconf", sizes.__getitem__)
     assert free_memory(CPU) == 50 * 4096
 
     def unknown(name: str) -> int:
         raise ValueError(name)
 
-    monkeypatch.setattr(window_memory.os, "sysconf", unknown)
+    monkeypatch.setattr(os, "sysconf", unknown)
     assert free_memory(CPU) is None
 
 
@@ -171,7 +172,7 @@ def test_an_optimizer_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch
         MFAC(params, num_grads=200)
     one, half = largest(str(e.value))
     for options in ({"num_grads": one}, {"num_grads": half, "row_dtype": "bfloat16"}):
-        optimizer = MFAC(params, **options)  # type: ignore[arg-type]
+        optimizer = MFAC(params, **options)
         assert 2.9 * MIB < optimizer.window_bytes <= 3 * MIB
     with pytest.raises(ValueError, match=f"Invalid num_grads={one + 1}: "):
         MFAC(params, num_grads=one + 1)
@@ -184,3 +185,9 @@ def test_an_optimizer_is_refused_when_it_is_made(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(ValueError, match=rf"Invalid num_grads={one}: gradients of 20,000 param"):
         optimizer.step()
     assert torch.equal(params[0], before)
+
+
+def test_where_not_even_one_gradient_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window_memory, "free_memory", lambda _: 100)
+    with pytest.raises(ValueError, match="Use another optimizer: not even one gradient fits"):
+        check_window_fits(4, 1000, torch.float32, torch.device("cpu"))
