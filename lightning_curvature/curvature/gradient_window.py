@@ -90,6 +90,8 @@ class GradientWindow:
         check_choice("window_normalization", window_normalization, ("capacity", "count"))
         check_choice("gram_dtype", gram_dtype, ("float64", "float32"))
         check_choice("placement", placement, ("device", "host"))
+        if dtype not in (torch.float32, torch.float64):
+            raise ValueError(f"Invalid dtype={dtype}: must be torch.float32 or torch.float64.")
         if torch.device(device).type == "mps":
             raise ValueError(
                 "A window of gradients needs float64, which the device mps does not have. Train on "
@@ -112,6 +114,8 @@ class GradientWindow:
         self._gram = torch.zeros((num_grads, num_grads), dtype=torch.float64, device=device)
         # On the device: whether a gradient was inserted may be known there only.
         self._inserted = torch.zeros((), dtype=torch.int64, device=device)
+        # How often it has changed, which is known without waiting for the device.
+        self._version = 0
 
     @property
     def dtype(self) -> torch.dtype:
@@ -169,6 +173,7 @@ class GradientWindow:
             raise ValueError(
                 f"Invalid gradient of shape {list(gradient.shape)}: must be [{self.num_columns}]."
             )
+        self._version += 1
         slot = self._slot(0)
         row, scale = self._rows.rounded(gradient, largest)
         if usable is not None:
@@ -248,6 +253,7 @@ class GradientWindow:
         Args:
             state: What `state` returned.
         """
+        self._version += 1
         self._rows.load(state["rows"], state["scales"])
         self._gram.copy_(state["gram"])
         self._inserted = state["inserted"].to(self._inserted.device, copy=True)
@@ -274,7 +280,12 @@ class WindowInverse:
     def __init__(self, window: GradientWindow, damping: float | Tensor) -> None:
         self._window = window
         gram = window.gram
-        self._damping = torch.as_tensor(damping, dtype=torch.float64, device=gram.device)
+        self._version = window._version
+        if isinstance(damping, Tensor):
+            self._damping = damping.to(device=gram.device, dtype=torch.float64)
+        else:
+            # A tensor made from a number is copied to the device, which waits for it.
+            self._damping = gram.new_full((), damping)
         size = torch.full_like(self._damping, window.num_grads)
         if window.window_normalization == "count":
             size = window.count.clamp(min=1).double()
@@ -296,8 +307,23 @@ class WindowInverse:
         roots = self._roots.unsqueeze(1)
         return roots * torch.cholesky_solve(roots * vectors, self._factor)
 
+    def _check(self, x: Tensor | None = None) -> None:
+        window = self._window
+        if self._version != window._version:
+            raise RuntimeError(
+                "This inverse is of a window that has changed since. Call window.inverse(damping) "
+                "after every insert."
+            )
+        if x is not None and (x.ndim not in (1, 2) or len(x) != window.num_columns):
+            raise ValueError(
+                f"Invalid x of shape {list(x.shape)}: must be [{window.num_columns}] or "
+                f"[{window.num_columns}, k]."
+            )
+
+    @torch.no_grad()
     def newest_direction(self) -> Tensor:
         """Return H^{-1} g for the gradient that was inserted last, ``[d]``."""
+        self._check()
         return self._window._rows.combination(self._newest_coefficients())
 
     def _newest_coefficients(self) -> Tensor:
@@ -305,24 +331,34 @@ class WindowInverse:
         unit = torch.zeros_like(self._diagonal).index_fill_(0, slot.view(1), 1.0)
         return self._solve(unit.unsqueeze(1)).squeeze(1) * self._size
 
+    @torch.no_grad()
     def newest_direction_and(self, x: Tensor) -> Tensor:
         """Return H^{-1} (g + x) for the gradient g that was inserted last, ``[d]``.
 
         Args:
             x: Another vector, ``[d]``.
         """
+        self._check(x)
         window = self._window
         coefficients = self._newest_coefficients()
         products = window._summed(window._rows.products(x)) * self.good
         coefficients -= self._solve(products.unsqueeze(1)).squeeze(1) / self._damping
-        return window._rows.combination(coefficients) + x / self._damping.to(x.dtype)
+        # Without a factor there is nothing that would hold the second part back.
+        outside: Tensor = (self.good / self._damping).to(x.dtype)
+        return window._rows.combination(coefficients) + x * outside
 
+    @torch.no_grad()
     def __matmul__(self, x: Tensor) -> Tensor:
         """Return H^{-1} x.
 
         Args:
             x: ``[d]`` or ``[d, k]``.
+
+        Raises:
+            ValueError: If ``x`` has another shape.
+            RuntimeError: If a gradient was inserted since.
         """
+        self._check(x)
         window = self._window
         products = window._summed(window._rows.products(x)) * self.good
         columns = products.unsqueeze(1) if x.ndim == 1 else products

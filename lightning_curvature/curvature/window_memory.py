@@ -11,6 +11,7 @@ __all__ = ["check_window_fits", "free_memory", "window_bytes"]
 _MEMINFO = Path("/proc/meminfo")
 # Limit and use of the control group that the process is in, as containers see them.
 _CGROUP = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current"))
+_CGROUP_STAT = Path("/sys/fs/cgroup/memory.stat")
 _UNITS = (("GiB", 1 << 30), ("MiB", 1 << 20))
 # Vectors of d numbers beside the window: the gradient, the direction and their parts.
 _VECTORS = 3
@@ -59,10 +60,19 @@ def _system_memory() -> int | None:
 
 def _group_memory() -> int | None:
     try:
-        limit, used = (path.read_text().strip() for path in _CGROUP)
-        return int(limit) - int(used)
+        limit, used = (int(path.read_text()) for path in _CGROUP)
     except (OSError, ValueError):  # no such file, or no limit ("max")
         return None
+    return limit - used + min(_cached_files(), used)
+
+
+def _cached_files() -> int:
+    """Return what counts as used but is given up when it is needed: copies of files."""
+    try:
+        lines = _CGROUP_STAT.read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith("inactive_file "))
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 def check_window_fits(

@@ -180,14 +180,17 @@ class WindowRows:
         parts = self._padded(x, self.gram_dtype).view(-1, self.width)
         total = x.new_zeros(self.num_rows, dtype=torch.float64)
         part_of_rows = self._part(self.gram_dtype)
+        # Autocast would take products in half precision where no memory for them is given.
+        sums = parts.new_empty(self.num_rows)
         for chunk, part in zip(self._chunks(), parts, strict=True):
             if chunk.dtype == part.dtype:
-                total += torch.mv(chunk, part)
+                total += torch.mv(chunk, part, out=sums)
                 continue
             for start in range(0, len(chunk), len(part_of_rows)):
                 rows = chunk[start : start + len(part_of_rows)]
                 wide = part_of_rows[: len(rows)].copy_(rows)
-                total[start : start + len(rows)] += torch.mv(wide, part)
+                some = sums[start : start + len(rows)]
+                total[start : start + len(rows)] += torch.mv(wide, part, out=some)
         return total * self.scales if self._is_scaled else total
 
     def combination(self, coefficients: Tensor) -> Tensor:
@@ -273,7 +276,7 @@ class WindowRows:
         """Take rows over.
 
         Args:
-            matrix: ``[m, d]``, as `matrix` returns it.
+            matrix: ``[m, d]``, as `matrix` returns it; columns it lacks stay as they are.
             scales: Scales of the rows, ``[m]``.
         """
         for start in range(0, self.num_columns, self.width):

@@ -31,11 +31,17 @@ from lightning_curvature.curvature.window_memory import window_bytes
 from lightning_curvature.curvature.window_rows import Placement, RowDtype, row_dtype_of
 from lightning_curvature.optim.diagonal import DiagonalOptimizer
 from lightning_curvature.optim.saved_state import STATE_KEY
-from lightning_curvature.optim.saved_window import check_saved_window, gathered_window
+from lightning_curvature.optim.saved_window import (
+    check_finite_tensor,
+    check_saved_window,
+    gathered_window,
+)
 from lightning_curvature.optim.sharded_window import (
     ShardedWindow,
     check_placement,
     check_window_memory,
+    check_window_memory_of_ranks,
+    num_columns,
     num_shards,
 )
 from lightning_curvature.oracle.protocol import Oracle
@@ -45,6 +51,8 @@ __all__ = ["MFAC", "MomentumType"]
 MomentumType = Literal["ema", "heavy_ball"]
 
 _WINDOW = "window"
+# Above this part of itself per step a parameter changes its sign and grows.
+_FAST = 2.0
 _BOOLEANS = ("l2_in_window", "sparse", "shard_window", "gather_state", "maximize")
 
 
@@ -62,9 +70,9 @@ class MFAC(DiagonalOptimizer):
     approximation, by products with the window of gradients.
 
     Use it for fine-tuning, and where a model has up to some millions of parameters: the window is
-    m copies of them. ``lr`` is not that of SGD: a step cannot be longer than about
-    ``lr * m / ||g||`` along the gradients of the window, and is ``lr / damping`` times the gradient
-    across them. Start from 1e-3 and lower ``damping`` only with it.
+    m copies of them. ``lr`` is not that of SGD: a step is about ``lr * m / ||g||`` long where the
+    gradients of the window are unlike each other, and longer the more alike they are, up to
+    ``lr * sqrt(m / damping) / 2``. Start from 1e-3 and lower ``damping`` only with it.
 
     Cost per step: forward and backward, two passes over the window, and a Cholesky decomposition
     of m x m numbers.
@@ -83,7 +91,9 @@ class MFAC(DiagonalOptimizer):
             "heavy_ball" adds them up, which is 1 / (1 - momentum) times as long in the end.
         l2_reg: Weight of the penalty l2_reg / 2 ||theta||^2, >= 0; its gradient is part of what
             is preconditioned. It is called weight_decay in the official code.
-        l2_in_window: Whether the gradient of the penalty is also part of the Fisher matrix.
+        l2_in_window: Whether the gradient of the penalty is also part of the Fisher matrix. If
+            not, every step shrinks what no gradient of the window points along by about
+            ``lr * l2_reg / damping``, which must be far below 1.
         weight_decay: Decoupled weight decay, >= 0: every step shrinks parameters by
             ``lr * weight_decay``. May be used beside ``l2_reg``.
         window_normalization: What the Fisher matrix divides by while the window fills: "capacity"
@@ -96,13 +106,14 @@ class MFAC(DiagonalOptimizer):
         placement: Where gradients are kept: on the "device", or in the memory of the "host", from
             where they stream to the device twice a step.
         sparse: Whether entries that are exactly zero at the first step have no columns and stay
-            zero, as after pruning.
+            zero. For pruned models: biases that start at zero are frozen, too.
         shard_window: Whether ranks of a data-parallel run share one window: each keeps its part of
             the columns, and a step sums m numbers over the ranks and gathers the direction. False
             for a whole window on every rank and no communication.
         gather_state: Whether ``state_dict`` on rank 0 holds the columns of all ranks. All ranks
-            must then call it, as Lightning does. If False every rank saves its own, see
-            `join_window_shards`.
+            must then call it, as Lightning does. If False the state of every rank holds its own
+            columns, and your loop must save all of them, see `join_window_shards`: Lightning's
+            checkpoints hold the state of rank 0 only and cannot be resumed from.
         max_failures: Gradients in a row that are not finite after which training stops with an
             error.
         foreach: False to update one tensor at a time.
@@ -121,7 +132,8 @@ class MFAC(DiagonalOptimizer):
         >>> loss.backward()
         >>> optimizer.step()
         >>> sorted(optimizer.stats)
-        ['grad_norm', 'lr', 'skipped_directions', 'skipped_steps', 'skipped_windows']
+        ['direction_norm', 'grad_norm', 'lr', 'skipped_directions', 'skipped_steps',
+        'skipped_windows']
 
     References:
         Frantar, Kurtic and Alistarh, 2021, arXiv:2107.03356.
@@ -192,6 +204,20 @@ class MFAC(DiagonalOptimizer):
         self._forget()
         super().__init__(params, defaults)
         check_window_memory(self._trained(), self.param_groups[0])
+        self._warn_of_shrinking()
+
+    def _warn_of_shrinking(self) -> None:
+        for group in self.param_groups:
+            rate = group["lr"] * group["l2_reg"] / float(group["damping"])
+            if not group["l2_in_window"] and rate > _FAST:
+                warnings.warn(
+                    "MFAC with l2_in_window=False changes weights by lr * l2_reg / damping = "
+                    f"{rate:.2g} of their size per step: above 2 they grow without end. Lower "
+                    "l2_reg, raise damping, or use weight_decay.",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+                return
 
     def _forget(self) -> None:
         self._window: ShardedWindow | None = None
@@ -246,7 +272,7 @@ class MFAC(DiagonalOptimizer):
     def window_bytes(self) -> int:
         """Bytes that the window takes on this rank, with its working memory."""
         group, params = self.param_groups[0], self._trained()
-        size = sum(p.numel() for p in params)
+        size = num_columns(params, group) if self._window is None else self._window.columns.size
         share = -(-size // num_shards(group))
         row_dtype = row_dtype_of(group["row_dtype"], vectors.scalar_dtype(params))
         return window_bytes(int(group["num_grads"]), share, row_dtype)
@@ -260,8 +286,10 @@ class MFAC(DiagonalOptimizer):
         usable: Tensor | None,
         stats: dict[str, Tensor],
     ) -> None:
-        window = self._window_for(params)
         group = self.param_groups[0]
+        if not isinstance(group["damping"], Tensor):
+            check_positive("damping", group["damping"])
+        window = self._window_for(params)
         gradients, penalties = self._gradients(window)
         vector = window.vector(gradients)
         penalty = window.vector(penalties) if penalties else None
@@ -276,7 +304,8 @@ class MFAC(DiagonalOptimizer):
         window.insert(vector, sound)
         inverse = window.window.inverse(group["damping"])
         direction = window.direction(inverse, penalty)
-        finite = torch.isfinite(torch.linalg.vector_norm(direction))
+        stats["direction_norm"] = torch.linalg.vector_norm(direction)
+        finite = torch.isfinite(stats["direction_norm"])
         if sound is not None:
             finite = finite & sound
         good = finite if usable is None else finite & usable
@@ -322,6 +351,8 @@ class MFAC(DiagonalOptimizer):
         beta = group["momentum"]
         if beta > 0:
             (averages,) = self._state_lists(params, "momentum_buffer")
+            # One parameter in float64 makes all directions so.
+            directions = [x.to(v.dtype) for x, v in zip(directions, averages, strict=True)]
             if group["momentum_type"] == "ema":
                 vectors.ema_(averages, directions, beta, usable)
             else:
@@ -352,13 +383,13 @@ class MFAC(DiagonalOptimizer):
             numbers = {p: number for number, p in enumerate(self._all_params())}
             theirs = [numbers[p] for p in new]
             old = [] if window is None else window.columns.params
-            check_window_memory([*old, *new], group)
+            check_window_memory_of_ranks([*old, *new], group)
             if window is None:
                 window = ShardedWindow(new, theirs, group)
             else:
-                saved, count = window.state(), num_shards(group)
-                if count > 1:
-                    saved = gathered_window(saved, count, everywhere=True)
+                saved = window.state()
+                if window.num_ranks > 1:
+                    saved = gathered_window(saved, window.num_ranks, everywhere=True)
                 window = window.grown(new, theirs, group, saved)
             self._window = window
         assert window is not None
@@ -377,8 +408,8 @@ class MFAC(DiagonalOptimizer):
             return real.state_dict()
         state = super().state_dict()
         window, group = state[STATE_KEY][_WINDOW], self.param_groups[0]
-        count = num_shards(group)
-        if window is not None and count > 1 and group["gather_state"]:
+        count = 1 if self._window is None else self._window.num_ranks
+        if count > 1 and group["gather_state"]:
             state[STATE_KEY][_WINDOW] = gathered_window(window, count)
         return state
 
@@ -390,6 +421,12 @@ class MFAC(DiagonalOptimizer):
         # Other numbers of groups are torch's to refuse.
         for group in saved["param_groups"][:1]:
             check_saved_window(saved[STATE_KEY][_WINDOW], self._all_params(), group, where)
+        ids = [index for group in saved["param_groups"] for index in group["params"]]
+        for index, p in zip(ids, self._all_params(), strict=False):
+            average = saved["state"].get(index, {}).get("momentum_buffer")
+            if average is not None:
+                name = f"{where}: 'momentum_buffer' of parameter {index}"
+                check_finite_tensor(name, average, tuple(p.shape))
 
     def _finish_loading(self, saved: dict[str, Any]) -> None:
         # The window is not copied on the way: it may take most of the memory.

@@ -17,7 +17,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["check_saved_window", "gathered_window", "join_window_shards", "part_of_window"]
+__all__ = [
+    "check_finite_tensor",
+    "check_saved_window",
+    "gathered_window",
+    "join_window_shards",
+    "part_of_window",
+]
 
 _WINDOW = "window"
 _KEYS = (
@@ -32,7 +38,7 @@ def part_of_window(saved: Mapping[str, Any], start: int, width: int) -> dict[str
     Args:
         saved: A saved window that holds them.
         start: First column.
-        width: Number of columns; those that do not exist are zero.
+        width: Number of columns; those that do not exist are left out. Rows are no copy.
 
     Raises:
         ValueError: If the saved window does not hold them.
@@ -45,10 +51,8 @@ def part_of_window(saved: Mapping[str, Any], start: int, width: int) -> dict[str
             f"rank needs {start} to {stop}. Put the states of all ranks together with "
             "join_window_shards, or save with gather_state=True."
         )
-    rows = saved["rows"].new_zeros((len(saved["rows"]), width))
-    if start < stop:
-        rows[:, : stop - start] = saved["rows"][:, start - first : stop - first]
-    return {**saved, "rows": rows}
+    part = slice(start - first, stop - first) if start < stop else slice(0, 0)
+    return {**saved, "rows": saved["rows"][:, part]}
 
 
 def gathered_window(
@@ -65,19 +69,19 @@ def gathered_window(
     width = -(-saved["num_columns"] // num_ranks)
     device = saved["gram"].device
     takes = everywhere or torch.distributed.get_rank() == 0
-    whole = saved["rows"].new_empty((len(saved["rows"]), width * num_ranks if takes else 0))
+    total = saved["num_columns"]
+    whole = saved["rows"].new_empty((len(saved["rows"]), total if takes else 0))
     own = part_of_window(saved, saved["columns"][0], width)["rows"]
     # Row by row: the device needs room for one more gradient only.
     for number, row in enumerate(own):
-        sent = row.to(device)
+        sent = torch.nn.functional.pad(row.to(device), (0, width - len(row)))
         parts = [torch.empty_like(sent) for _ in range(num_ranks)]
         torch.distributed.all_gather(parts, sent)
         if takes:
-            whole[number] = torch.cat(parts).cpu()
+            whole[number] = torch.cat(parts)[:total].cpu()
     if not takes:
         return saved
-    total = saved["num_columns"]
-    return {**saved, "columns": [0, total], "rows": whole[:, :total].contiguous()}
+    return {**saved, "columns": [0, total], "rows": whole}
 
 
 def join_window_shards(states: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
@@ -181,7 +185,7 @@ def check_saved_window(
     span = saved["columns"][1] - saved["columns"][0]
     shapes = {"rows": (num_grads, span), "scales": (num_grads,), "gram": (num_grads, num_grads)}
     for key, shape in shapes.items():
-        _check_tensor(f"{where}: '{key}' of the window", saved[key], shape)
+        check_finite_tensor(f"{where}: '{key}' of the window", saved[key], shape)
 
 
 def _check_columns(saved: Mapping[str, Any], where: str) -> None:
@@ -203,7 +207,17 @@ def _check_columns(saved: Mapping[str, Any], where: str) -> None:
         )
 
 
-def _check_tensor(where: str, value: Any, shape: tuple[int, ...]) -> None:
+def check_finite_tensor(where: str, value: Any, shape: tuple[int, ...]) -> None:
+    """Check a tensor of a saved state.
+
+    Args:
+        where: Beginning of the message if something is wrong.
+        value: It.
+        shape: The shape it must have.
+
+    Raises:
+        ValueError: If it is not a tensor of finite real numbers of that shape.
+    """
     sound = (
         isinstance(value, Tensor)
         and value.dtype.is_floating_point
@@ -211,7 +225,10 @@ def _check_tensor(where: str, value: Any, shape: tuple[int, ...]) -> None:
         and value.device.type != "meta"
         and tuple(value.shape) == shape
     )
-    if not sound or not bool(torch.isfinite(value).all()):
+    # Row by row, without a copy of all of it.
+    rows = value.reshape(len(value), -1) if sound and value.ndim else ()
+    sizes = [torch.linalg.vector_norm(row, float("inf")) for row in rows if row.numel()]
+    if not sound or not all(bool(torch.isfinite(size)) for size in sizes):
         raise ValueError(
             f"{where} must be a tensor of finite real numbers of shape {list(shape)}, got "
             f"{_short(value)}."

@@ -23,7 +23,14 @@ from lightning_curvature.optim.saved_window import part_of_window
 from lightning_curvature.optim.window_columns import WindowColumns
 from lightning_curvature.oracle.ranks import rank, world_size
 
-__all__ = ["ShardedWindow", "check_placement", "check_window_memory", "num_shards"]
+__all__ = [
+    "ShardedWindow",
+    "check_placement",
+    "check_window_memory",
+    "check_window_memory_of_ranks",
+    "num_columns",
+    "num_shards",
+]
 
 
 def num_shards(settings: Mapping[str, Any]) -> int:
@@ -33,6 +40,18 @@ def num_shards(settings: Mapping[str, Any]) -> int:
         settings: Hyper-parameters.
     """
     return world_size() if settings["shard_window"] else 1
+
+
+def num_columns(params: Sequence[Tensor], settings: Mapping[str, Any]) -> int:
+    """Return how many columns parameters have at their present values.
+
+    Args:
+        params: The parameters.
+        settings: Hyper-parameters.
+    """
+    if settings["sparse"]:
+        return sum(int(p.detach().count_nonzero()) for p in params)
+    return sum(p.numel() for p in params)
 
 
 def check_window_memory(params: Sequence[Tensor], settings: Mapping[str, Any]) -> None:
@@ -48,12 +67,37 @@ def check_window_memory(params: Sequence[Tensor], settings: Mapping[str, Any]) -
     if params:
         check_window_fits(
             int(settings["num_grads"]),
-            sum(p.numel() for p in params),
+            num_columns(params, settings),
             row_dtype_of(settings["row_dtype"], vectors.scalar_dtype(params)),
             params[0].device,
             placement=settings["placement"],
             num_ranks=num_shards(settings),
         )
+
+
+def check_window_memory_of_ranks(params: Sequence[Tensor], settings: Mapping[str, Any]) -> None:
+    """Refuse a window that does not fit on some rank; all of them must call it.
+
+    Args:
+        params: The parameters that get columns.
+        settings: Hyper-parameters.
+
+    Raises:
+        ValueError: If it is larger than the free memory, on this rank or another one.
+    """
+    error: ValueError | None = None
+    try:
+        check_window_memory(params, settings)
+    except ValueError as found:
+        error = found
+    if num_shards(settings) > 1:
+        # Otherwise the other ranks would wait for this one in the next collective.
+        failed = torch.full((1,), float(error is not None), device=params[0].device)
+        torch.distributed.all_reduce(failed)
+        if error is None and float(failed) > 0:
+            error = ValueError("The window of gradients does not fit into the memory of a rank.")
+    if error is not None:
+        raise error
 
 
 def check_placement(params: Sequence[Tensor]) -> None:
@@ -104,6 +148,7 @@ class ShardedWindow:
     ) -> None:
         check_placement(params)
         self._num_ranks = num_shards(settings)
+        self._compared = self._num_ranks == 1
         self._sparse = bool(settings["sparse"])
         if self._sparse and kept is None:
             kept = _nonzero(params)
@@ -120,6 +165,11 @@ class ShardedWindow:
             dtype=vectors.scalar_dtype(params),
             sum_over_ranks=_sum_over_ranks if self._num_ranks > 1 else None,
         )
+
+    @property
+    def num_ranks(self) -> int:
+        """Number of ranks that its columns were dealt out over."""
+        return self._num_ranks
 
     # One step
 
@@ -138,10 +188,29 @@ class ShardedWindow:
         Args:
             vector: What `vector` returned.
             usable: Boolean 0-dim tensor: if False nothing changes. None for True.
+
+        Raises:
+            RuntimeError: If the first gradient is not the same on all ranks.
         """
         several = self._num_ranks > 1
+        if not self._compared:
+            self._compare(vector)
         largest = torch.linalg.vector_norm(vector, float("inf")) if several else None
         self.window.insert(self._own(vector), usable, largest=largest)
+
+    def _compare(self, vector: Tensor) -> None:
+        own = torch.stack([torch.linalg.vector_norm(vector, p) for p in (2, float("inf"))])
+        own = own.nan_to_num()
+        found = [torch.empty_like(own) for _ in range(self._num_ranks)]
+        torch.distributed.all_gather(found, own)
+        self._compared = True
+        # GPUs of two kinds may find other last digits.
+        if not all(torch.allclose(found[0], other, rtol=1e-4, atol=0.0) for other in found[1:]):
+            raise RuntimeError(
+                "MFAC got another gradient on every rank, but its window is shared by the ranks of "
+                "a data-parallel run, which average them. Use DDP, or shard_window=False where "
+                "each rank trains a model of its own."
+            )
 
     def direction(self, inverse: WindowInverse, other: Tensor | None = None) -> Tensor:
         """Return the product of the inverse and the newest gradient, plus another vector.
@@ -186,8 +255,8 @@ class ShardedWindow:
         both = ([*old.params, *params], [*old.numbers, *numbers])
         found = ShardedWindow(*both, settings, kept)
         size = found.columns.size
-        rows = torch.nn.functional.pad(saved["rows"], (0, size - old.size))
-        found._load({**saved, "rows": rows, "num_columns": size, "columns": [0, size]})
+        # Of new columns there are no rows: they stay zero.
+        found._load({**saved, "num_columns": size, "columns": [0, size]})
         return found
 
     def state(self) -> dict[str, Any]:
@@ -220,6 +289,7 @@ class ShardedWindow:
         members = [params[number] for number in saved["parameters"]]
         kept = saved["kept"]
         kept = None if kept is None else kept.to(members[0].device, copy=True)
+        check_window_memory(members, settings)
         found = cls(members, saved["parameters"], settings, kept)
         found._load(saved)
         return found

@@ -33,6 +33,7 @@ from lightning_curvature.oracle.window import DirectionalMethod, WindowOracle
 from lightning_curvature.strategies.forward_only import ForwardOnly
 from lightning_curvature.strategies.refusals import (
     refuse_module,
+    refuse_parts_of_state,
     refuse_precision,
     refuse_several_optimizers,
     refuse_strategy,
@@ -122,6 +123,7 @@ class StepRecorder:
         for optimizer in ours:
             if optimizer.needs_whole_params:
                 refuse_strategy(strategy, optimizer)
+                refuse_parts_of_state(trainer.world_size, optimizer)
         asking = [o for o in ours if o.asks]
         if not asking:
             return None

@@ -25,6 +25,7 @@ from lightning_curvature.registry import list_optimizers
 
 __all__ = [
     "refuse_module",
+    "refuse_parts_of_state",
     "refuse_precision",
     "refuse_several_optimizers",
     "refuse_strategy",
@@ -79,6 +80,23 @@ def refuse_strategy(strategy: Strategy, optimizer: CurvatureOptimizer) -> None:
             f"{type(optimizer).__name__} needs the same weights on every rank; with "
             f"model_averaging_period={period!r} each rank takes steps of its own in between. Leave "
             "it out."
+        )
+
+
+def refuse_parts_of_state(num_ranks: int, optimizer: CurvatureOptimizer) -> None:
+    """Refuse to keep from rank 0, which alone writes checkpoints, what the other ranks have.
+
+    Args:
+        num_ranks: Number of ranks.
+        optimizer: Optimizer that may deal its state out over them.
+
+    Raises:
+        MisconfigurationException: If checkpoints would hold a part of the state only.
+    """
+    if num_ranks > 1 and not optimizer.param_groups[0].get("gather_state", True):
+        raise MisconfigurationException(
+            f"{type(optimizer).__name__}(gather_state=False) leaves every rank its part of the "
+            "state, but a Trainer saves that of rank 0 only. Use gather_state=True."
         )
 
 

@@ -150,7 +150,10 @@ def check(steps: list[tuple[list[Collective], bool]], contract: Contract) -> Non
     """Assert that steps send little where they ask, and nothing where they do not."""
     if contract.info.cls.needs_whole_params:  # the sum of inner products, and its part of the step
         (num_grads,) = {contract.options["num_grads"]}
-        for sent, _ in steps:
+        for number, (sent, _) in enumerate(steps):
+            if number == 0:  # whether it fits, and whether the ranks have the same gradient
+                sent.remove(("c10d::allreduce_", 4))
+                sent.remove(("c10d::allgather_", 24))
             assert sent[0] == ("c10d::allreduce_", 8 * num_grads)
             assert [name for name, _ in sent[1:]] == ["c10d::allgather_"]
         return

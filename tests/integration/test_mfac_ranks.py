@@ -2,20 +2,25 @@
 
 import copy
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_curvature import MFAC, join_window_shards
+from lightning_curvature.curvature import window_memory
 from tests.helpers.mfac_steps import Row, draw, start, step, trained, window_of
+from tests.helpers.modules import mlp_module, vectors
 from tests.helpers.optimizer_db import CONTRACTS, identical
+from tests.helpers.probing import make_trainer
 from tests.helpers.rank_modules import Parts, UnusedLayer
 from tests.helpers.ranks import RankPool
-from tests.helpers.two_ranks import compare, failure, fit
+from tests.helpers.two_ranks import compare, failure, fit, shared_loader
 
 pytestmark = [pytest.mark.ddp]
 
@@ -142,7 +147,9 @@ def test_what_is_sent(setting: str, ranks: RankPool) -> None:
     m = options.get("num_grads", 4)
     for outcome in ranks.run(steps, draw(6), options):
         expected = [("allreduce_", torch.float64, m), ("allgather_", torch.float64, SHARE)]
-        assert outcome["sent"] == [expected] * 6
+        # Before the first one the ranks compare whether it fits, and their gradients.
+        first, *others = outcome["sent"]
+        assert [first[-2:], *others] == [expected] * 6
         # A state is gathered row by row.
         assert [numbers for *_, numbers in outcome["gathered"]] == [SHARE] * m
 
@@ -294,3 +301,62 @@ def test_a_layer_nobody_calls(ranks: RankPool) -> None:
     torch.testing.assert_close(first.weights, single.weights, **EXACT)
     for outcome in (first, single):
         assert outcome.state["curvature"]["window"]["parameters"] == [0, 1, 2, 3]
+
+
+# What ranks must have in common
+
+
+def unlike(seed: int) -> str:
+    """Take a step with gradients that were not averaged; return the error."""
+    params = start()
+    optimizer = MFAC(params, lr=0.3, num_grads=4, damping=0.05)
+    try:
+        step(optimizer, params, draw(1, seed=seed + torch.distributed.get_rank())[0])
+    except RuntimeError as error:
+        return str(error)
+    return ""
+
+
+def test_gradients_that_were_not_averaged(ranks: RankPool) -> None:
+    """Otherwise every rank would move along parts of different gradients."""
+    for text in ranks.run(unlike, 3):
+        assert text.startswith("MFAC got another gradient on every rank")
+        assert "shard_window=False" in text
+
+
+def without_room(on: int) -> str:
+    """Take a step where one rank has no memory; return the error."""
+    params = start()
+    optimizer = MFAC(params, num_grads=4)
+    free = (lambda _: 10) if torch.distributed.get_rank() == on else (lambda _: None)
+    before = window_memory.free_memory
+    window_memory.free_memory = free
+    try:
+        step(optimizer, params, draw(1)[0])
+    except ValueError as error:
+        return str(error)
+    finally:
+        window_memory.free_memory = before
+    return ""
+
+
+def test_no_rank_waits_for_one_without_memory(ranks: RankPool) -> None:
+    first, second = ranks.run(without_room, 1)
+    assert first == "The window of gradients does not fit into the memory of a rank."
+    assert second.startswith("Invalid num_grads=4")
+
+
+def saved_in_parts() -> str:
+    """Fit with states in parts under a Trainer; return the refusal."""
+    trainer = make_trainer("auto", devices=2, strategy="ddp")
+    module = mlp_module(partial(MFAC, gather_state=False))
+    try:
+        trainer.fit(module, shared_loader(vectors(16), 4))
+    except MisconfigurationException as error:
+        return str(error)
+    return ""
+
+
+def test_a_trainer_would_save_a_part_only(ranks: RankPool) -> None:
+    for text in ranks.run(saved_in_parts):
+        assert text.startswith("MFAC(gather_state=False) leaves every rank its part")

@@ -147,7 +147,7 @@ def test_a_core_without_a_factor(
         penalty = torch.cat([0.2 * x.view(-1) for x in before])
         g = torch.cat([x.reshape(-1) for x in row])
         x = g + penalty if in_window else g
-        u = x / (0.05 + x.dot(x) / 4) + (0.0 if in_window else penalty / 0.05)
+        u = x / (0.05 + x.dot(x) / 4)
         moved = torch.cat([(b - p).view(-1) for b, p in zip(before, params, strict=True)])
         torch.testing.assert_close(moved, 0.3 * u, **EXACT)
     assert optimizer.stats["skipped_windows"] == 2
@@ -321,3 +321,45 @@ def test_parameters_on_two_devices_are_refused() -> None:
     with pytest.raises(ValueError, match="all parameters on one device"):
         optimizer.add_param_group({"params": [there]})
     assert len(optimizer.param_groups) == 1
+
+
+def test_a_penalty_that_grows_without_end_is_told_before() -> None:
+    p = nn.Parameter(torch.ones(2))
+    with pytest.warns(RuntimeWarning, match=r"by lr \* l2_reg / damping = 3 of their size"):
+        MFAC([p], lr=0.1, l2_reg=0.03, damping=1e-3, l2_in_window=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        MFAC([p], lr=0.1, l2_reg=0.03, damping=1e-3)
+
+
+def test_damping_of_a_schedule_is_looked_at_before_the_window_changes() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = MFAC([p])
+    p.grad = torch.ones(2)
+    optimizer.step()
+    before = copy.deepcopy(optimizer.state_dict()["curvature"]["window"])
+    optimizer.param_groups[0]["damping"] = 0.0
+    with pytest.raises(ValueError, match=r"Invalid damping=0\.0"):
+        optimizer.step()
+    assert identical(optimizer.state_dict()["curvature"]["window"], before)
+
+
+def test_momentum_of_a_checkpoint_is_looked_at() -> None:
+    p = nn.Parameter(torch.ones(2))
+    optimizer = MFAC([p], momentum=0.9)
+    p.grad = torch.ones(2)
+    optimizer.step()
+    for bad in (torch.tensor([1.0, torch.nan]), torch.ones(3), "text"):
+        state = copy.deepcopy(optimizer.state_dict())
+        state["state"][0]["momentum_buffer"] = bad
+        with pytest.raises(ValueError, match="'momentum_buffer' of parameter 0 must be"):
+            optimizer.load_state_dict(state)
+
+
+def test_parameters_in_two_precisions() -> None:
+    params = [nn.Parameter(torch.ones(2)), nn.Parameter(torch.ones(2, dtype=torch.float64))]
+    optimizer = MFAC(params, momentum=0.9)
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    assert all(bool((p < 1).all()) for p in params)
