@@ -37,6 +37,7 @@ from typing import Any, ClassVar
 os.environ["LIGHTNING_CURVATURE_AUTO_ATTACH"] = "0"
 
 import lightning.pytorch as pl
+import mfac_step_time
 import torch
 from networks import USUAL, WORKLOADS, OptimizerFactory, Workload
 from report import (
@@ -487,7 +488,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument(
         "--suite",
-        choices=["qlr", "diagonal", "kfac", "zeroth"],
+        choices=["qlr", "diagonal", "kfac", "zeroth", "mfac"],
         default="qlr",
         help="default: %(default)s",
     )
@@ -515,9 +516,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         "thread, and not for cuda)",
     )
     parser.add_argument("--seed", type=int, default=0, help="seed of weights and data")
+    mfac_step_time.add_arguments(parser)
     add_common_arguments(parser)
     args = parser.parse_args(argv)
     torch.set_num_threads(args.threads)
+    if args.suite == "mfac":
+        mfac_step_time.run(args, _CLOCKS[args.clock])
+        return
     quiet_trainers()
     suite = suites()[args.suite]
     most = max(variant.cycles for variant in suite.variants.values())
