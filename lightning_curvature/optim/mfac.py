@@ -38,7 +38,7 @@ from lightning_curvature.optim.saved_window import (
 )
 from lightning_curvature.optim.sharded_window import (
     ShardedWindow,
-    check_placement,
+    check_device,
     check_window_memory,
     check_window_memory_of_ranks,
     num_columns,
@@ -241,7 +241,7 @@ class MFAC(DiagonalOptimizer):
         """
         super().add_param_group(param_group)
         try:
-            check_placement(self._all_params())
+            check_device(self._all_params())
         except ValueError:
             self.param_groups.pop()
             raise

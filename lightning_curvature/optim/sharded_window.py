@@ -25,7 +25,7 @@ from lightning_curvature.oracle.ranks import rank, world_size
 
 __all__ = [
     "ShardedWindow",
-    "check_placement",
+    "check_device",
     "check_window_memory",
     "check_window_memory_of_ranks",
     "num_columns",
@@ -100,25 +100,20 @@ def check_window_memory_of_ranks(params: Sequence[Tensor], settings: Mapping[str
         raise error
 
 
-def check_placement(params: Sequence[Tensor]) -> None:
-    """Refuse parameters that have no common vector.
+def check_device(params: Sequence[Tensor]) -> None:
+    """Refuse parameters on several devices.
 
     Args:
         params: The parameters.
 
     Raises:
-        ValueError: If they are on several devices, or are sharded.
+        ValueError: If they are.
     """
     devices = sorted({str(p.device) for p in params})
     if len(devices) > 1:
         raise ValueError(
             f"MFAC needs all parameters on one device, got {', '.join(devices)}. Give it the "
             "parameters of one of them."
-        )
-    if any(hasattr(p, "full_tensor") for p in params):
-        raise ValueError(
-            "MFAC needs whole parameters on every rank, got sharded ones. Use DDP: the window is "
-            "then dealt out over the ranks."
         )
 
 
@@ -146,7 +141,13 @@ class ShardedWindow:
         settings: Mapping[str, Any],
         kept: Tensor | None = None,
     ) -> None:
-        check_placement(params)
+        check_device(params)
+        # Not when the optimizer is made: a strategy that shards has a better text.
+        if any(hasattr(p, "full_tensor") for p in params):
+            raise ValueError(
+                "MFAC needs whole parameters on every rank, got sharded ones. Use DDP: the window "
+                "is then dealt out over the ranks."
+            )
         self._num_ranks = num_shards(settings)
         self._compared = self._num_ranks == 1
         self._sparse = bool(settings["sparse"])
