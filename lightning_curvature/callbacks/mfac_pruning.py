@@ -76,7 +76,8 @@ class MFACPruning(Callback):
         schedule: When to prune and how much, such as `CubicSparsity` or `ListSparsity`, instead of
             ``sparsity``; an epoch it names is the first of training what is left.
         prune_epoch: Epoch before whose first batch ``sparsity`` is reached.
-        num_grads: Number of gradients of all ranks together.
+        num_grads: Number of gradients of all ranks together; better no fewer than ``block_size``,
+            see `FisherPruner`.
         damping: Added to the diagonal of the Fisher matrix, > 0. It belongs to a batch size:
             gradients of larger batches have less noise.
         block_size: Neighboring coordinates whose interactions are looked at; None for all of them.
@@ -128,7 +129,7 @@ class MFACPruning(Callback):
         sparsity: float | None = None,
         schedule: SparsitySchedule | None = None,
         prune_epoch: int = 0,
-        num_grads: int = 64,
+        num_grads: int = 256,
         damping: float = 1e-4,
         block_size: int | None = 128,
         num_recomputations: int = 16,

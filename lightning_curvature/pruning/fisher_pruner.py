@@ -55,11 +55,13 @@ class FisherPruner:
 
     Args:
         parameters: The weights, or a model whose linear and convolution weights are meant.
-        num_grads: Number of gradients ``m`` that `collect` collects, on all ranks together.
+        num_grads: Number of gradients ``m`` that `collect` collects, on all ranks together. Have no
+            fewer than ``block_size``: of what no gradient has seen in a block the matrix only knows
+            the damping, and weights that others make up for run away. Published settings have 64.
         damping: Added to the diagonal of the Fisher matrix, > 0. Gradients of whole batches are
             smaller than those of single examples, by about the root of the batch size, so that a
-            damping belongs to a batch size. Published settings have 1e-5 and 1e-7; with 64
-            gradients more has done as well or better in what we have measured.
+            damping belongs to a batch size. Published settings have 1e-5 and 1e-7; 1e-4 has
+            done as well or better in what we have measured.
         block_size: Neighboring coordinates whose interactions are looked at; None for all of them.
             Rounded up to a multiple of the size of the pattern's groups.
         criterion: What is compared: "fisher" for the costs above, "magnitude" for the weights
@@ -105,7 +107,7 @@ class FisherPruner:
         self,
         parameters: PrunableParameters | nn.Module,
         *,
-        num_grads: int = 64,
+        num_grads: int = 256,
         damping: float = 1e-4,
         block_size: int | None = 128,
         criterion: Criterion = "fisher",
