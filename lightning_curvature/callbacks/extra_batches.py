@@ -4,7 +4,7 @@ import copy
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sized
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -111,7 +111,9 @@ def own_batches(
         most = trainer.num_training_batches
     else:
         own.flattened = [_rebuilt(loader, batch_size) for loader in combined.flattened]
-        most = float("inf")
+        # No more examples than an epoch of training has, as with `overfit_batches`.
+        examples = max(loader.batch_size or 1 for loader in combined.flattened)
+        most = trainer.num_training_batches * examples / batch_size
     if reshuffle:
         for loader in own.flattened:
             _reshuffle(loader, key)
@@ -121,9 +123,11 @@ def own_batches(
     states = {number: generator.get_state() for number, generator in generators.items()}
     try:
         for number, generator in enumerate(generators.values()):
-            generator.manual_seed(
-                stream(torch.device("cpu"), "order of batches", *key, number).initial_seed()
+            # Its own seed tells apart ranks whose samplers draw for themselves.
+            drawn = stream(
+                torch.device("cpu"), "order of batches", *key, number, generator.initial_seed()
             )
+            generator.manual_seed(drawn.initial_seed())
         iterator = iter(own)
         yield (prepared(trainer, batch) for batch in _first(iterator, most))
     finally:
@@ -180,6 +184,9 @@ def _rebuilt(loader: Any, batch_size: int) -> DataLoader[Any]:
         loader.dataset,
         batch_size=batch_size,
         sampler=None if iterable else loader.sampler,
+        # The gradient of the few examples that are left over would count like that of a whole
+        # batch, and is larger.
+        drop_last=isinstance(loader.sampler, Sized) and len(loader.sampler) >= batch_size,
         num_workers=loader.num_workers,
         collate_fn=loader.collate_fn,
         pin_memory=loader.pin_memory,

@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.optim import Optimizer
@@ -39,15 +40,25 @@ class KeptMasks:
         permanent: bool,
     ) -> None:
         self._parameters = parameters
-        self._optimizers = list(optimizers)
+        self._optimizers: list[Optimizer] = []
         self._permanent = permanent
         if masks:
             self._load(masks)
         saving, loading = with_plain_names(layer for layer, _ in parameters.owners())
         # Where masks stay, the checkpoints of this fit can be loaded after it, too.
         self._handles: list[RemovableHandle] = [*saving, *(loading if permanent else [])]
-        for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+        self.follow(optimizers)
+
+    def follow(self, optimizers: Sequence[Optimizer]) -> None:
+        """Keep the masks after steps of optimizers that were made since.
+
+        Args:
+            optimizers: All optimizers of the fit.
+        """
+        for optimizer in optimizers:
+            if not any(optimizer is known for known in self._optimizers):
+                self._optimizers.append(optimizer)
+                self._handles.append(optimizer.register_step_post_hook(self._after_step))
 
     def _load(self, masks: Mapping[str, Tensor]) -> None:
         tensors = zip(self._parameters.names, self._parameters.tensors(), strict=True)
@@ -58,9 +69,20 @@ class KeptMasks:
                 f"missing {sorted(there.keys() - masks.keys())}, unexpected "
                 f"{sorted(masks.keys() - there.keys())}."
             )
-        self._parameters.load_masks(
-            {name: unpack_mask(masks[key], shape) for key, (name, shape) in there.items()}
-        )
+        loaded = {name: unpack_mask(masks[key], shape) for key, (name, shape) in there.items()}
+        changed = [
+            name
+            for name, p in zip(self._parameters.names, self._parameters.tensors(), strict=True)
+            if bool(p.detach()[~loaded[name].to(p.device)].any())
+        ]
+        if changed:
+            rank_zero_warn(
+                "Weights that were pruned are not 0 any more, and are set to 0 without making up "
+                f"for it: {', '.join(changed)}. Was a checkpoint of before loaded? To prune them "
+                "anew use a new MFACPruning.",
+                category=RuntimeWarning,
+            )
+        self._parameters.load_masks(loaded)
 
     def _after_step(self, *_: Any) -> None:
         """Set to zero what weight decay, noise or a preconditioner has moved."""
@@ -84,3 +106,5 @@ class KeptMasks:
             handle.remove()
         if self._permanent:
             self._parameters.make_permanent()
+        else:
+            self._parameters.refresh()

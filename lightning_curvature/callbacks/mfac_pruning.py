@@ -1,6 +1,7 @@
 """MFACPruning: prunes the weights that the loss needs least during a fit, and keeps them pruned."""
 
 import inspect
+import math
 import weakref
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -8,6 +9,7 @@ from typing import Any, Literal
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from typing_extensions import override
 
@@ -30,6 +32,7 @@ from lightning_curvature.pruning.fisher_pruner import FisherPruner
 from lightning_curvature.pruning.parameters import PrunableParameters
 from lightning_curvature.pruning.report import PruningReport
 from lightning_curvature.pruning.schedule import (
+    CubicSparsity,
     ListSparsity,
     SparsitySchedule,
     recomputation_targets,
@@ -190,6 +193,8 @@ class MFACPruning(Callback):
         # The last epoch that the schedule was asked about.
         self._epoch = -1
         self._log_dir: str | None = None
+        # Checkpoints that were the best ones at the last event.
+        self._best: set[tuple[str, float]] = set()
         # What `FisherPruner` checks should be known now.
         end = self._make_pruner(_placeholder()).pattern.max_sparsity
         if sparsity is not None and sparsity > end:
@@ -218,6 +223,7 @@ class MFACPruning(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose the parameters; the module may have made them just now."""
         self._release()
+        self._best = set()
         needs_gradients = self.criterion == "fisher"
         if needs_gradients:
             refuse_manual_steps(pl_module)
@@ -253,6 +259,8 @@ class MFACPruning(Callback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Prune if the start of the epoch was left out."""
+        assert self._kept is not None
+        self._kept.follow(trainer.optimizers)
         # As Lightning does in a run resumed from a checkpoint of an epoch's last batch.
         self._prune_if_due(trainer)
 
@@ -262,6 +270,7 @@ class MFACPruning(Callback):
         assert self.parameters is not None
         self._log.end(self.parameters)
         self._release()
+        self._warn_at_end(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -289,15 +298,22 @@ class MFACPruning(Callback):
     def _prune_if_due(self, trainer: Trainer) -> None:
         if trainer.current_epoch == self._epoch:
             return
-        self._epoch = trainer.current_epoch
-        sparsity = self._schedule.sparsity(self._epoch)
+        epoch = trainer.current_epoch
+        sparsity = self._schedule.sparsity(epoch)
         assert self.parameters is not None
         assert self._kept is not None
         before = self.parameters.sparsity()
-        if sparsity is None or sparsity <= before:
+        pruner = self._make_pruner(self.parameters)
+        # In whole weights and groups: a second fit must not collect gradients to prune nothing.
+        if sparsity is None or sparsity <= before or pruner.has_reached(sparsity):
+            self._epoch = epoch
             return
+        self._kept.follow(trainer.optimizers)
         reports = self._prune(trainer, self.parameters, before, sparsity)
+        # Not before: a run resumed after an exception in the middle of an event goes on with it.
+        self._epoch = epoch
         self._kept.forget_pruned()
+        self._best = _best_checkpoints(trainer)
         self._log.add(trainer, self.parameters, before, reports)
         if self.skipped_batches:
             rank_zero_warn(
@@ -315,6 +331,16 @@ class MFACPruning(Callback):
         self.skipped_batches = 0
         if not pruner.needs_gradients:
             return [pruner.prune(target) for target in targets]
+        frozen = [
+            name
+            for name, p in zip(parameters.names, parameters.tensors(), strict=True)
+            if not p.requires_grad
+        ]
+        if frozen:
+            raise MisconfigurationException(
+                "MFACPruning cannot prune parameters that were frozen since the fit started: "
+                f"{', '.join(frozen)}. Leave them out, or use criterion='magnitude'."
+            )
         reports = []
         rounds = len(targets) * -(-self.num_grads // world_size())
         with collection_progress(trainer, "Pruning", rounds) as advance:
@@ -323,13 +349,15 @@ class MFACPruning(Callback):
                     trainer,
                     parameters.tensors(),
                     self.num_grads,
-                    *(self.seed, self._epoch, number),
+                    *(self.seed, trainer.current_epoch, number),
                     positions=parameters.survivors(),
                     batch_size=self.fisher_batch_size,
                     advance=advance,
                 )
                 self.skipped_batches += found.skipped
                 reports.append(pruner.prune(target, found.rows))
+                # The next ones would lie beside them.
+                del found
         return reports
 
     def _make_pruner(self, parameters: PrunableParameters) -> FisherPruner:
@@ -346,6 +374,8 @@ class MFACPruning(Callback):
         )
 
     def _check_schedule(self, num_epochs: int) -> None:
+        if num_epochs <= 0:
+            return
         end, empty = self._make_pruner(_placeholder()).pattern.max_sparsity, True
         for epoch in range(num_epochs):
             sparsity = self._schedule.sparsity(epoch)
@@ -355,10 +385,35 @@ class MFACPruning(Callback):
                     f"{self._schedule!r} asks for sparsity {sparsity:.4g} at epoch {epoch}: "
                     f"pattern {self.pattern!r} ends at {end:.4g}."
                 )
-        if empty and num_epochs > 0:
+        if empty:
             rank_zero_warn(
                 f"MFACPruning prunes nothing in the {num_epochs} epochs of this fit: its schedule "
                 f"is {self._schedule!r}.",
+                category=RuntimeWarning,
+            )
+        elif (late := _next_event(self._schedule, num_epochs)) is not None:
+            rank_zero_warn(
+                f"MFACPruning does not finish its schedule {self._schedule!r} in the {num_epochs} "
+                f"epochs of this fit: epoch {late} is to prune more.",
+                category=RuntimeWarning,
+            )
+
+    def _warn_at_end(self, trainer: Trainer) -> None:
+        limit = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else math.inf
+        due = _next_event(self._schedule, self._epoch + 1)
+        if due is not None and due < limit:
+            rank_zero_warn(
+                f"The fit ended in epoch {self._epoch}, before MFACPruning had finished its "
+                f"schedule {self._schedule!r}: epoch {due} was to prune more.",
+                category=RuntimeWarning,
+            )
+        before = self._best & _best_checkpoints(trainer)
+        if before:
+            rank_zero_warn(
+                "The best checkpoint was written before the last weights were pruned: "
+                f"{', '.join(sorted(path for path, _ in before))}. It holds weights that are "
+                "pruned by now, and so does ckpt_path='best'. Use a ModelCheckpoint that saves "
+                "the last one, or prune in a fit of its own.",
                 category=RuntimeWarning,
             )
 
@@ -435,6 +490,29 @@ def _check_list(name: str, value: Any) -> None:
 def _placeholder() -> PrunableParameters:
     """Return parameters without values, to make a pruner that checks its arguments."""
     return PrunableParameters([(nn.Linear(1, 1, device="meta"), "weight")])
+
+
+def _next_event(schedule: SparsitySchedule, epoch: int) -> int | None:
+    """Return the first epoch from this one on at which weights are pruned, if that is known."""
+    # Schedules of users may not know of epochs beyond those they are made for.
+    if isinstance(schedule, CubicSparsity):
+        last = schedule.end_epoch
+    elif isinstance(schedule, ListSparsity):
+        last = max(schedule.sparsities)
+    else:
+        return None
+    epochs = range(epoch, last + 1)
+    return next((one for one in epochs if schedule.sparsity(one) is not None), None)
+
+
+def _best_checkpoints(trainer: Trainer) -> set[tuple[str, float]]:
+    """Return path and score of the best checkpoint of each callback that compares them."""
+    callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return {
+        (c.best_model_path, float(c.best_model_score))
+        for c in callbacks
+        if c.monitor is not None and c.best_model_path and c.best_model_score is not None
+    }
 
 
 def _is_dev_run(trainer: Trainer) -> bool:

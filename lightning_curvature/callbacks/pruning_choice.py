@@ -7,7 +7,11 @@ from fnmatch import fnmatchcase
 from lightning.fabric.utilities import rank_zero_warn
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import ModelPruning, WeightAveraging
+from lightning.pytorch.callbacks import (
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.plugins.precision import BitsandbytesPrecision
 from lightning.pytorch.strategies import (
     DeepSpeedStrategy,
@@ -40,6 +44,7 @@ _CALLBACKS: dict[type[Callback], str] = {
     SensitiveParameterMask: "both decide which weights are trained",
     TrajectoryLog: "what is pruned cannot be replayed from its log",
     WeightAveraging: "its averages remember weights that are pruned",
+    StochasticWeightAveraging: "its averages remember weights that are pruned",
 }
 
 
@@ -160,10 +165,12 @@ def _pairs(
         plain_name(f"{path}.{name}" if path else name): (part, name)
         for path, part in module.named_modules()
         for name in (key.removesuffix("_orig") for key in part._parameters)
-        if part._parameters.get(name) is not None or f"{name}_orig" in part._parameters
+        if part._parameters.get(name) is not None or f"{name}_mask" in part._buffers
     }
     if isinstance(one, str):
-        found = [pair for name, pair in there.items() if fnmatchcase(name, one)]
+        matching = [pair for name, pair in there.items() if fnmatchcase(name, one)]
+        # A weight that several modules share has several names, all of which may match.
+        found = list({_identity(pair): pair for pair in reversed(matching)}.values())[::-1]
         if not found:
             raise MisconfigurationException(
                 f"Invalid parameters_to_prune: no parameter has a name like {one!r}. Names: "
@@ -176,6 +183,11 @@ def _pairs(
             f"Invalid parameters_to_prune: the model has no such module: {part}."
         )
     return [(part, name)]
+
+
+def _identity(pair: tuple[nn.Module, str]) -> int:
+    part, name = pair
+    return id(part._parameters.get(name, part._parameters.get(f"{name}_orig")))
 
 
 def _not_shared(

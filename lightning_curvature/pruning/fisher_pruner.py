@@ -144,6 +144,21 @@ class FisherPruner:
         """Whether `prune` cannot do without gradients."""
         return self.criterion == "fisher"
 
+    def has_reached(self, sparsity: float) -> bool:
+        """Tell whether `prune` would prune nothing more, since only whole groups are pruned.
+
+        Args:
+            sparsity: What it would be asked for.
+        """
+        layout = layout_of(self.parameters, self.pattern)
+        budgets = self._budgets(sparsity)
+        losses = (layout.positions[layout.groups()] >= 0).sum(1) - self.pattern.num_kept
+        for number, budget in enumerate(budgets):
+            own = losses if self.scope == "global" else losses[layout.layer == number]
+            if len(own) > 0 and int(own.min()) <= budget:
+                return False
+        return True
+
     def collect(self, loss: Callable[[int], Tensor]) -> Tensor:
         """Return gradients of losses, as `prune` takes them.
 

@@ -265,6 +265,18 @@ class PrunableParameters:
                 getattr(module, f"{name}_orig").masked_fill_(mask == 0, 0)
 
     @torch.no_grad()
+    def refresh(self) -> None:
+        """Make ``weight`` anew of the present ``weight_orig``, not part of any graph.
+
+        Otherwise it is that of the last forward pass, which is older than the last optimizer step
+        and keeps the module from being copied.
+        """
+        for module, name in self._owners:
+            mask = module._buffers.get(f"{name}_mask")
+            if mask is not None:
+                setattr(module, name, getattr(module, f"{name}_orig") * mask)
+
+    @torch.no_grad()
     def make_permanent(self) -> None:
         """Take the masks off the layers; the zeros stay where they are."""
         self.zero_pruned()
@@ -310,4 +322,6 @@ class PrunableParameters:
 def _parameter(module: nn.Module, name: str) -> nn.Parameter | None:
     """Return a parameter by its ordinary name, whether it is pruned or not; None without one."""
     plain = module._parameters.get(name)
-    return module._parameters.get(f"{name}_orig") if plain is None else plain
+    # Without a mask it is the parameter of a spectral norm, which has the same name.
+    masked = plain is None and f"{name}_mask" in module._buffers
+    return module._parameters.get(f"{name}_orig") if masked else plain

@@ -133,7 +133,8 @@ def test_limited_batches() -> None:
 @pytest.mark.parametrize("size", [1, 3, 20])
 def test_other_batch_size(size: int) -> None:
     module = build()
-    expected = expected_rows(module, vectors(20), size)
+    # Two examples are left over by batches of three.
+    expected = expected_rows(module, vectors(20), size)[: 20 // size]
     data = DataLoader(vectors(20), batch_size=4, drop_last=True)
     found = collect(module, data, len(expected), batch_size=size)
     torch.testing.assert_close(found.rows, expected)

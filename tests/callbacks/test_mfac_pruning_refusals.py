@@ -7,7 +7,11 @@ import pytest
 import torch
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelPruning
+from lightning.pytorch.callbacks import (
+    EMAWeightAveraging,
+    ModelPruning,
+    StochasticWeightAveraging,
+)
 from lightning.pytorch.strategies import (
     DDPStrategy,
     DeepSpeedStrategy,
@@ -123,6 +127,10 @@ def test_model_averaging() -> None:
         (SensitiveParameterMask, "together: both decide which weights are trained."),
         (TrajectoryLog, "together: what is pruned cannot be replayed from its log."),
         (EMAWeightAveraging, "together: its averages remember weights that are pruned."),
+        (
+            lambda: StochasticWeightAveraging(swa_lrs=0.1),
+            "together: its averages remember weights that are pruned.",
+        ),
     ],
 )
 def test_other_callbacks(other: Any, message: str) -> None:

@@ -118,6 +118,7 @@ def test_resumes_from_the_moment_of_an_event(tmp_path: Path) -> None:
     assert found["predicted_loss_increase"][:2] == history["predicted_loss_increase"][:2]
 
 
+@pytest.mark.filterwarnings("ignore:MFACPruning does not finish:RuntimeWarning")
 def test_resumes_after_the_fit(tmp_path: Path) -> None:
     path = tmp_path / "run.ckpt"
     weights, _, history = run("sgd", gradual())
