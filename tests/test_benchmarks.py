@@ -26,6 +26,8 @@ SCRIPTS = (
     "char_lm",
     "adafisher_sgd",
     "kfac_curves",
+    "mfac_curves",
+    "pruning",
 )
 
 pytestmark = pytest.mark.skipif(not FOLDER.is_dir(), reason="benchmarks are not shipped")
@@ -75,6 +77,23 @@ def fashion_folder(tmp_path: Path) -> Path:
         header = struct.pack(">II", 0x801, count)
         (raw / f"{part}-labels-idx1-ubyte").write_bytes(header + labels.tobytes())
     return tmp_path / "data"
+
+
+@pytest.fixture
+def image_folder(fashion_folder: Path) -> Path:
+    """Return the same folder with a few random images of CIFAR-10 beside."""
+    generator = np.random.default_rng(0)
+    (fashion_folder / "cifar10_small").mkdir()
+    images = generator.integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
+    labels = generator.integers(0, 10, 24, dtype=np.uint8)
+    np.savez(
+        fashion_folder / "cifar10_small" / "cifar10_small.npz",
+        x_train=images,
+        y_train=labels,
+        x_test=images,
+        y_test=labels,
+    )
+    return fashion_folder
 
 
 def rows_of(path: Path) -> list[dict[str, str]]:
@@ -140,22 +159,11 @@ def test_fashion_mnist(
 def test_kfac_curves(
     task: str,
     load_script: Callable[[str], ModuleType],
-    fashion_folder: Path,
+    image_folder: Path,
     tmp_path: Path,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    generator = np.random.default_rng(0)
-    (fashion_folder / "cifar10_small").mkdir()
-    images = generator.integers(0, 256, (24, 3, 32, 32), dtype=np.uint8)
-    labels = generator.integers(0, 10, 24, dtype=np.uint8)
-    np.savez(
-        fashion_folder / "cifar10_small" / "cifar10_small.npz",
-        x_train=images,
-        y_train=labels,
-        x_test=images,
-        y_test=labels,
-    )
-    arguments = [task, "--data", str(fashion_folder), "--csv", str(tmp_path / "o.csv"), "--smoke"]
+    arguments = [task, "--data", str(image_folder), "--csv", str(tmp_path / "o.csv"), "--smoke"]
     arguments += ["--adamw-lr", "1e-3", "1e-2", "--kfac-lr", "0.03"]
     load_script("kfac_curves").main([*arguments, "--png", str(tmp_path / "curves.png")])
     assert "to AdamW's best" in capsys.readouterr().out
@@ -166,6 +174,77 @@ def test_kfac_curves(
     best = [row for row in found if row["optimizer"] in rivals]
     # AdamW's best run compared with itself.
     assert next(float(row["ratio"]) for row in best if "loss" in row["metric"]) == 1.0
+
+
+@pytest.mark.parametrize("task", ["fashion_mnist", "cifar10"])
+# Next to nothing is left of some layers, and the networks have hardly been trained.
+@pytest.mark.filterwarnings("ignore:No weight of:RuntimeWarning")
+def test_pruning(
+    task: str,
+    load_script: Callable[[str], ModuleType],
+    image_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = load_script("pruning")
+    files = ["--runs", str(tmp_path / "runs" / "runs.csv"), "--csv", str(tmp_path / "out.csv")]
+    arguments = [task, "--data", str(image_folder), "--smoke", "--sparsities", "0.5", *files]
+    script.main(["train", *arguments, "--seeds", "0", "1"])
+    first = capsys.readouterr().out
+    assert "one-shot, M-FAC, joint, 16 steps" in first
+    # All of it has been run.
+    script.main(["train", *arguments, "--seeds", "0"])
+    assert capsys.readouterr().out == ""
+    runs = load_script("pruning_report").read_runs(tmp_path / "runs" / "runs.csv")
+    assert len(runs) == 2 * (1 + len({run.setting.way for run in runs} - {"dense"}))
+    assert all(run.reached == pytest.approx(run.setting.sparsity, abs=1e-3) for run in runs)
+    script.main(["report", *files])
+    printed = capsys.readouterr().out
+    assert re.search(rf"### {task}, dense .* ± .*: test accuracy before fine-tuning", printed)
+    assert re.search(r"gradual, magnitude +\| .* ± ", printed)
+    means = [float(row["value"]) for row in rows_of(tmp_path / "out.csv")]
+    assert means
+    assert all(0 <= mean <= 1 for mean in means)
+
+
+def test_pruning_grid(
+    load_script: Callable[[str], ModuleType],
+    image_folder: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    script = load_script("pruning")
+    settings = script.grid("fashion_mnist", 0)
+    assert len(set(settings)) == len(settings)
+    monkeypatch.setattr(script, "grid", lambda task, seed: [settings[0], settings[-1]])
+    files = ["--runs", str(tmp_path / "runs.csv"), "--csv", str(tmp_path / "out.csv")]
+    script.main(["grid", "fashion_mnist", "--data", str(image_folder), "--smoke", *files])
+    script.main(["report", *files])
+    assert re.search(r"damping=0.001, .*\| +0\.\d+ \|", capsys.readouterr().out)
+    with pytest.raises(SystemExit):
+        script.main(["train", *files])
+
+
+def test_mfac_curves(
+    load_script: Callable[[str], ModuleType],
+    fashion_folder: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    arguments = ["--data", str(fashion_folder), "--csv", str(tmp_path / "o.csv"), "--smoke"]
+    arguments += ["--sgd-lr", "1e-2", "--adamw-lr", "1e-3", "1e-2", "--seeds", "0", "1"]
+    arguments += ["--mfac-lr", "1e-2", "--mfac-damping", "1e-2", "1e-1"]
+    load_script("mfac_curves").main([*arguments, "--png", str(tmp_path / "curves.png")])
+    assert "### The best of each kind over seeds" in capsys.readouterr().out
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+    points = rows_of(tmp_path / "curves.csv")
+    found = rows_of(tmp_path / "o.csv")
+    names = {row["optimizer"] for row in found}
+    assert {row["run"] for row in points} == names
+    assert len(names) == 1 + 2 + 2 + 4
+    own = [row for row in found if row["optimizer"] == row["rival"].partition(": ")[2]]
+    assert {float(row["ratio"]) for row in own} == {1.0}
 
 
 def test_step_time(
@@ -189,6 +268,32 @@ def test_step_time_without_a_backward(
     script.main([*arguments, "--batch-size", "2", "--csv", str(tmp_path / "out.csv")])
     found = rows_of(tmp_path / "out.csv")
     assert [row["optimizer"] for row in found] == list(script.suites()["zeroth"].variants)
+
+
+def test_step_time_of_mfac(
+    load_script: Callable[[str], ModuleType], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--suite", "mfac", "--num-grads", "4", "1000000000", "--num-parameters", "50000"]
+    arguments += ["--rounds", "1", "--cycles", "3", "--csv", str(tmp_path / "out.csv")]
+    load_script("step_time").main(arguments)
+    printed = capsys.readouterr().out
+    assert "### MFAC, 50,000 parameters, window of 4 gradients" in printed
+    assert re.search(r"m=1000000000, .*: left out\. .* are free", printed)
+    found = rows_of(tmp_path / "out.csv")
+    names = [f"MFAC, {name}" for name in load_script("mfac_step_time").VARIANTS]
+    assert list(dict.fromkeys(row["optimizer"] for row in found)) == names
+    sizes = [float(row["value"]) for row in found if row["metric"].startswith("bytes")]
+    assert min(sizes) > 4 * 50_000 * 2
+    assert all(float(row["ratio"]) > 0 for row in found if "seconds" in row["metric"])
+
+
+def test_step_time_of_mfac_compares_rounds(load_script: Callable[[str], ModuleType]) -> None:
+    """A slow round is slow for both, so it does not change the ratio."""
+    script = load_script("mfac_step_time")
+    rounds = script.Rounds([3.0, 30.0, 3.0], [1.0, 10.0, 1.0], [1.0, 10.0, 1.0], [1.0] * 3, 8, 1e9)
+    table, found = script.summarize("task", {"name": rounds})
+    assert [m.ratio for m in found][:2] == [1.5, 3.0]
+    assert "FAIL" in table
 
 
 # On random data its curvature has no effect, and it says so.
